@@ -631,3 +631,7912 @@ dot_tensor *dot_batch_labels(dot_dataset *dataset, int64_t batch, int64_t step);
 /* Stop now if you only want to use the library: what follows is how it works. */
 
 #endif /* DOTOPT_H */
+
+/* ========================================================================================================
+   The implementation.
+   ======================================================================================================== */
+
+#if defined(DOTOPT_IMPLEMENTATION) && !defined(DOTOPT__IMPLEMENTED)
+#define DOTOPT__IMPLEMENTED
+
+/* ==== [1 portability] ============================================================================== */
+
+#include <errno.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if !defined(__GNUC__) && !defined(DOTOPT_NO_THREADS)
+#define DOTOPT_NO_THREADS           /* the pool is written with GCC's and clang's atomic builtins */
+#endif
+#ifndef DOTOPT_NO_THREADS
+#include <pthread.h>
+#include <sched.h>
+#endif
+#ifndef _WIN32
+#include <unistd.h>
+#endif
+
+#if defined(__GNUC__) && defined(__x86_64__) && !defined(DOTOPT_NO_SIMD)
+#define DOT__AVX2                   /* compiled in; used when the processor has it */
+#include <immintrin.h>
+#define DOT__TARGET_AVX2 __attribute__((target("avx2,fma")))
+#endif
+
+#ifdef __GNUC__
+#define DOT__INLINE static inline __attribute__((always_inline, unused))
+#define DOT__PRINTF(text, first) __attribute__((format(printf, text, first)))
+#else
+#define DOT__INLINE static inline
+#define DOT__PRINTF(text, first)
+#endif
+
+#if defined(_WIN32) && !defined(__USE_MINGW_ANSI_STDIO)
+#define DOT__I64 "%I64d"
+#else
+#define DOT__I64 "%lld"
+#endif
+#define DOT__LL(x) ((long long)(x))
+
+DOT__INLINE int64_t dot__min(int64_t a, int64_t b) { return a < b ? a : b; }
+DOT__INLINE int64_t dot__max(int64_t a, int64_t b) { return a > b ? a : b; }
+DOT__INLINE int64_t dot__ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+DOT__INLINE int64_t dot__round_up(int64_t a, int64_t b) { return dot__ceil_div(a, b) * b; }
+
+static bool dot__mul_size(size_t a, size_t b, size_t *product)
+{
+    if (a != 0 && b > SIZE_MAX / a) return false;
+    *product = a * b;
+    return true;
+}
+
+/* Denormals cost up to a hundred cycles each. These set and restore the thread's mode. */
+static unsigned long long dot__denormals_flush(bool on)
+{
+    unsigned long long before = 0;
+#if defined(__GNUC__) && defined(__x86_64__)
+    before = __builtin_ia32_stmxcsr();
+    if (on) __builtin_ia32_ldmxcsr((unsigned)before | 0x8040u);        /* flush to zero, denormals are zero */
+#elif defined(__GNUC__) && defined(__aarch64__)
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    if (on) __asm__ volatile("msr fpcr, %0" : : "r"(before | (1ull << 24)));
+#else
+    (void)on;
+#endif
+    return before;
+}
+
+static void dot__denormals_restore(unsigned long long before)
+{
+#if defined(__GNUC__) && defined(__x86_64__)
+    __builtin_ia32_ldmxcsr((unsigned)before);
+#elif defined(__GNUC__) && defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"(before));
+#else
+    (void)before;
+#endif
+}
+
+/* ==== [2 context] ================================================================================== */
+
+#define DOT__MAGIC_CONTEXT   0xd07c0001u    /* in an options struct: it was filled by its _defaults function */
+#define DOT__MAGIC_CONV      0xd07c0002u
+#define DOT__MAGIC_POOL      0xd07c0003u
+#define DOT__MAGIC_OPTIMIZER 0xd07c0004u
+#define DOT__MAGIC_DATASET   0xd07c0005u
+
+#define DOT__ALIGN 64       /* bytes; every array starts on a cache line, */
+#define DOT__SLACK 128      /* and may be read this far beyond its end by a kernel that discards what it read there */
+
+typedef struct dot__block {         /* head of a piece of persistent memory, DOT__ALIGN bytes before the piece */
+    struct dot__block *next, *previous;
+    void *allocated;
+    size_t bytes;                   /* as asked of the allocator */
+} dot__block;
+
+typedef struct dot__arena_block {   /* head of a block of step memory */
+    struct dot__arena_block *next;
+    size_t bytes, size;             /* allocated; usable */
+    char *base;
+} dot__arena_block;
+
+typedef struct dot__mark { dot__arena_block *block; size_t used; size_t total; } dot__mark;
+
+typedef void (*dot__work)(void *job, int lane, int64_t piece);
+
+#ifndef DOTOPT_NO_THREADS
+typedef struct dot__pool {
+    pthread_mutex_t mutex;
+    pthread_cond_t wake, done;
+    int generation;                 /* counts jobs; changed under the mutex, watched without */
+    bool open, stop;                /* the present job still takes workers; the threads shall end */
+    int joined;                     /* workers inside the present job */
+    int workers;
+    pthread_t *threads;
+} dot__pool;
+#endif
+
+typedef struct dot__node dot__node;
+
+struct dot_context {
+    uint32_t magic;
+    int threads, lanes;
+    uint64_t *lane_seeds;
+    bool same_seeds, flush_denormals, simd;
+    dot_dtype dtype;
+    dot_allocator allocator;
+    void (*log)(void *user, const char *message);
+    void *log_user;
+
+    dot_status status;
+    char error[512];
+    dot_safetensors *files;         /* open files */
+
+    dot__block *blocks;             /* persistent memory, newest first */
+    size_t persistent_bytes;
+    int64_t allocations;
+    dot__arena_block *arena, *arena_at;         /* step memory: all blocks, and the one in use */
+    size_t arena_used, arena_total, arena_peak, arena_bytes;
+
+    int *active;                    /* the lanes not stopped, in order */
+    bool *lane_stopped;
+    int active_count;
+
+    bool training;                  /* between dot_step_begin and dot_eval_begin */
+    uint64_t step;                  /* training steps begun: random state */
+    uint64_t draws;                 /* random operations in this step */
+    uint64_t inits;                 /* parameters initialised */
+    uint64_t step_id;               /* counts both kinds of step, to tell old step tensors */
+    uint64_t pass;                  /* counts dot_backward calls */
+    dot__node *tape;                /* newest node first */
+
+    const struct dot__backend *backend;
+
+    dot__work work;                 /* the present parallel job */
+    void *job;
+    int64_t job_pieces;
+    int job_total, job_next;
+    bool job_laned;
+#ifndef DOTOPT_NO_THREADS
+    dot__pool pool;
+#endif
+};
+
+static void DOT__PRINTF(3, 4) dot__fail(dot_context *ctx, dot_status status, const char *format, ...)
+{
+    if (!ctx || ctx->status != DOT_OK) return;
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(ctx->error, sizeof ctx->error, format, arguments);
+    va_end(arguments);
+    ctx->status = status;
+}
+
+static void DOT__PRINTF(2, 3) dot__log(dot_context *ctx, const char *format, ...)
+{
+    if (!ctx->log) return;
+    char message[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message, sizeof message, format, arguments);
+    va_end(arguments);
+    ctx->log(ctx->log_user, message);
+}
+
+bool        dot_ok(const dot_context *ctx)              { return ctx && ctx->status == DOT_OK; }
+dot_status  dot_error_status(const dot_context *ctx)    { return ctx ? ctx->status : DOT_ERROR_ARGUMENT; }
+const char *dot_error(const dot_context *ctx)           { return ctx ? ctx->error : "no context"; }
+int         dot_threads(const dot_context *ctx)         { return ctx ? ctx->threads : 0; }
+int         dot_lanes(const dot_context *ctx)           { return ctx ? ctx->lanes : 0; }
+
+void dot_error_clear(dot_context *ctx)
+{
+    if (!ctx) return;
+    ctx->status = DOT_OK;
+    ctx->error[0] = 0;
+}
+
+/* ---- persistent memory ---- */
+
+static void *dot__malloc(void *user, size_t bytes) { (void)user; return malloc(bytes); }
+static void dot__free(void *user, void *memory, size_t bytes) { (void)user; (void)bytes; free(memory); }
+
+static char *dot__align(char *p)
+{
+    return p + (DOT__ALIGN - (uintptr_t)p % DOT__ALIGN) % DOT__ALIGN;
+}
+
+static void *dot__new(dot_context *ctx, size_t bytes)
+{
+    size_t total = bytes + 2 * DOT__ALIGN + DOT__SLACK;
+    char *raw = total > bytes ? (char *)ctx->allocator.allocate(ctx->allocator.user, total) : NULL;
+    if (!raw) {
+        dot__fail(ctx, DOT_ERROR_MEMORY, "dotopt: out of memory (%zu bytes asked for)", bytes);
+        return NULL;
+    }
+    char *memory = dot__align(raw) + DOT__ALIGN;
+    dot__block *block = (dot__block *)(void *)(memory - DOT__ALIGN);
+    memset(memory, 0, bytes + DOT__SLACK - DOT__ALIGN);
+    block->allocated = raw;
+    block->bytes = total;
+    block->previous = NULL;
+    block->next = ctx->blocks;
+    if (ctx->blocks) ctx->blocks->previous = block;
+    ctx->blocks = block;
+    ctx->persistent_bytes += total;
+    ctx->allocations++;
+    return memory;
+}
+
+static void dot__delete(dot_context *ctx, void *memory)
+{
+    if (!memory) return;
+    dot__block *block = (dot__block *)(void *)((char *)memory - DOT__ALIGN);
+    if (block->previous) block->previous->next = block->next; else ctx->blocks = block->next;
+    if (block->next) block->next->previous = block->previous;
+    ctx->persistent_bytes -= block->bytes;
+    ctx->allocator.release(ctx->allocator.user, block->allocated, block->bytes);
+}
+
+/* ---- step memory: a chain of blocks that is only ever extended; a step walks along it from the start, so that the same
+   step asks for the same addresses ---- */
+
+static dot__arena_block *dot__arena_extend(dot_context *ctx, size_t bytes)
+{
+    size_t size = (size_t)1 << 20;
+    dot__arena_block *last = ctx->arena;
+    while (last && last->next) last = last->next;
+    if (last) size = last->size * 2;                /* doubling: each block holds more than all before it */
+    if (size > (size_t)256 << 20) size = (size_t)256 << 20;
+    if (size < bytes) size = bytes;
+    size_t head = (sizeof(dot__arena_block) + DOT__ALIGN - 1) / DOT__ALIGN * DOT__ALIGN;
+    size_t total = size + head + DOT__ALIGN + DOT__SLACK;
+    char *raw = total > size ? (char *)ctx->allocator.allocate(ctx->allocator.user, total) : NULL;
+    if (!raw) {
+        dot__fail(ctx, DOT_ERROR_MEMORY, "dotopt: out of step memory (%zu bytes asked for)", total);
+        return NULL;
+    }
+    dot__arena_block *block = (dot__arena_block *)(void *)raw;
+    block->next = NULL;
+    block->bytes = total;
+    block->size = size;
+    block->base = dot__align(raw + head);
+    memset(block->base + size, 0, DOT__SLACK);
+    if (last) last->next = block; else ctx->arena = block;
+    ctx->arena_bytes += total;
+    ctx->allocations++;
+    return block;
+}
+
+static void *dot__step_alloc(dot_context *ctx, size_t bytes)
+{
+    if (bytes > SIZE_MAX / 2) {
+        dot__fail(ctx, DOT_ERROR_MEMORY, "dotopt: out of step memory (%zu bytes asked for)", bytes);
+        return NULL;
+    }
+    bytes = (bytes + DOT__ALIGN - 1) / DOT__ALIGN * DOT__ALIGN;
+    dot__arena_block *block = ctx->arena_at;
+    size_t used = ctx->arena_used;
+    while (block && block->size - used < bytes) { block = block->next; used = 0; }
+    if (!block) { block = dot__arena_extend(ctx, bytes); used = 0; }
+    if (!block) return NULL;
+    ctx->arena_at = block;
+    ctx->arena_used = used + bytes;
+    ctx->arena_total += bytes;
+    if (ctx->arena_total > ctx->arena_peak) ctx->arena_peak = ctx->arena_total;
+    return block->base + used;
+}
+
+/* Scratch: what is allocated after a mark is given back when its operation has run. */
+static dot__mark dot__scratch_begin(const dot_context *ctx)
+{
+    dot__mark mark;
+    mark.block = ctx->arena_at;
+    mark.used = ctx->arena_used;
+    mark.total = ctx->arena_total;
+    return mark;
+}
+
+static void dot__scratch_end(dot_context *ctx, dot__mark mark)
+{
+    ctx->arena_at = mark.block ? mark.block : ctx->arena;
+    ctx->arena_used = mark.block ? mark.used : 0;
+    ctx->arena_total = mark.total;
+}
+
+static void dot__step_reset(dot_context *ctx, bool training)
+{
+    ctx->arena_at = ctx->arena;
+    ctx->arena_used = ctx->arena_total = 0;
+    ctx->tape = NULL;
+    ctx->training = training;
+    ctx->draws = 0;
+    ctx->step_id++;
+}
+
+void dot_step_begin(dot_context *ctx)
+{
+    if (!ctx) return;
+    dot__step_reset(ctx, true);
+    ctx->step++;
+}
+
+void dot_eval_begin(dot_context *ctx)
+{
+    if (ctx) dot__step_reset(ctx, false);
+}
+
+dot_memory_report dot_memory(const dot_context *ctx)
+{
+    dot_memory_report report = { 0, 0, 0, 0 };
+    if (!ctx) return report;
+    report.persistent_bytes = ctx->persistent_bytes;
+    report.step_bytes = ctx->arena_bytes;
+    report.step_peak_bytes = ctx->arena_peak;
+    report.allocations = ctx->allocations;
+    return report;
+}
+
+/* ---- threads: a job is a number of pieces, the same however many threads there are; whoever is free takes the next
+   piece. What a piece computes depends on its number alone, hence the same bits for any number of threads. ---- */
+
+static void dot__run_piece(dot_context *ctx, int64_t index)
+{
+    int lane = ctx->job_laned ? ctx->active[index / ctx->job_pieces] : 0;
+    ctx->work(ctx->job, lane, index % ctx->job_pieces);
+}
+
+#ifndef DOTOPT_NO_THREADS
+
+static void dot__run_pieces(dot_context *ctx)
+{
+    for (;;) {
+        int index = __atomic_fetch_add(&ctx->job_next, 1, __ATOMIC_RELAXED);
+        if (index >= ctx->job_total) break;
+        dot__run_piece(ctx, index);
+    }
+}
+
+DOT__INLINE void dot__pause(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Steps of a training loop follow each other within microseconds: look a while before sleeping, but not long enough to
+   hurt when there are more threads than cores. */
+static bool dot__spin_until_changed(const int *word, int value)
+{
+    for (int i = 0; i < 400; ++i) {
+        if (__atomic_load_n(word, __ATOMIC_ACQUIRE) != value) return true;
+        dot__pause();
+    }
+    return false;
+}
+
+static void *dot__worker(void *argument)
+{
+    dot_context *ctx = (dot_context *)argument;
+    dot__pool *pool = &ctx->pool;
+    dot__denormals_flush(ctx->flush_denormals);
+    int seen = 0;
+    pthread_mutex_lock(&pool->mutex);
+    for (;;) {
+        if (pool->generation == seen && !pool->stop) {
+            pthread_mutex_unlock(&pool->mutex);
+            dot__spin_until_changed(&pool->generation, seen);
+            pthread_mutex_lock(&pool->mutex);
+            while (pool->generation == seen && !pool->stop) pthread_cond_wait(&pool->wake, &pool->mutex);
+        }
+        if (pool->stop) break;
+        seen = pool->generation;
+        if (!pool->open) continue;
+        pool->joined++;
+        pthread_mutex_unlock(&pool->mutex);
+        dot__run_pieces(ctx);
+        pthread_mutex_lock(&pool->mutex);
+        if (--pool->joined == 0) pthread_cond_signal(&pool->done);
+    }
+    pthread_mutex_unlock(&pool->mutex);
+    return NULL;
+}
+
+static void dot__run_parallel(dot_context *ctx)
+{
+    dot__pool *pool = &ctx->pool;
+    pthread_mutex_lock(&pool->mutex);
+    pool->open = true;
+    __atomic_store_n(&pool->generation, pool->generation + 1, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+    dot__run_pieces(ctx);
+    pthread_mutex_lock(&pool->mutex);
+    pool->open = false;                     /* a worker that wakes up only now goes back to sleep */
+    while (pool->joined > 0) pthread_cond_wait(&pool->done, &pool->mutex);
+    pthread_mutex_unlock(&pool->mutex);
+}
+
+static bool dot__pool_start(dot_context *ctx)
+{
+    dot__pool *pool = &ctx->pool;
+    if (ctx->threads == 1) return true;
+    pool->threads = (pthread_t *)dot__new(ctx, sizeof(pthread_t) * (size_t)ctx->threads);
+    if (!pool->threads) return false;
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    pthread_cond_init(&pool->done, NULL);
+    /* Fewer threads than asked for are no error: the bits are the same. */
+    for (; pool->workers < ctx->threads - 1; ++pool->workers)
+        if (pthread_create(&pool->threads[pool->workers], NULL, dot__worker, ctx) != 0) break;
+    return true;
+}
+
+static void dot__pool_stop(dot_context *ctx)
+{
+    dot__pool *pool = &ctx->pool;
+    if (!pool->threads) return;
+    pthread_mutex_lock(&pool->mutex);
+    pool->stop = true;
+    __atomic_store_n(&pool->generation, pool->generation + 1, __ATOMIC_RELEASE);
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->mutex);
+    for (int i = 0; i < pool->workers; ++i) pthread_join(pool->threads[i], NULL);
+    pthread_cond_destroy(&pool->done);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->mutex);
+}
+
+#endif
+
+/* Runs work(job, lane, piece) for all pieces, of every active lane or, unless `laned`, once with lane 0. */
+static void dot__parallel(dot_context *ctx, bool laned, int64_t pieces, dot__work work, void *job)
+{
+    int64_t total = (laned ? ctx->active_count : 1) * pieces;
+    if (total <= 0) return;
+    unsigned long long mode = dot__denormals_flush(ctx->flush_denormals);
+    ctx->work = work;
+    ctx->job = job;
+    ctx->job_laned = laned;
+    ctx->job_pieces = pieces;
+#ifndef DOTOPT_NO_THREADS
+    if (ctx->pool.workers > 0 && total > 1 && total < INT_MAX / 2) {
+        ctx->job_total = (int)total;
+        ctx->job_next = 0;
+        dot__run_parallel(ctx);
+        dot__denormals_restore(mode);
+        return;
+    }
+#endif
+    for (int64_t i = 0; i < total; ++i) dot__run_piece(ctx, i);
+    dot__denormals_restore(mode);
+}
+
+/* ---- creation ---- */
+
+static int dot__cores(void)
+{
+#if !defined(DOTOPT_NO_THREADS) && defined(_SC_NPROCESSORS_ONLN)
+    long cores = sysconf(_SC_NPROCESSORS_ONLN);
+    return cores < 1 ? 1 : cores > 256 ? 256 : (int)cores;
+#else
+    return 1;
+#endif
+}
+
+dot_context_options dot_context_defaults(void)
+{
+    dot_context_options o;
+    memset(&o, 0, sizeof o);
+    o.magic = DOT__MAGIC_CONTEXT;
+    o.threads = dot__cores();
+    o.lanes = 1;
+    o.dtype = DOT_F32;
+    o.flush_denormals = true;
+    o.simd = true;
+    o.allocator.allocate = dot__malloc;
+    o.allocator.release = dot__free;
+    return o;
+}
+
+static const struct dot__backend *dot__cpu_backend(bool simd);
+static void dot__files_close(dot_context *ctx);
+
+dot_context *dot_context_create(const dot_context_options *options)
+{
+    dot_context_options o = dot_context_defaults();
+    if (options) o = *options;
+    if (o.magic != DOT__MAGIC_CONTEXT || o.threads < 1 || o.threads > 256 || o.lanes < 1 || o.lanes > 4096
+        || (o.dtype != DOT_F32 && o.dtype != DOT_F64) || !o.allocator.allocate || !o.allocator.release) return NULL;
+    dot_context *ctx = (dot_context *)o.allocator.allocate(o.allocator.user, sizeof *ctx);
+    if (!ctx) return NULL;
+    memset(ctx, 0, sizeof *ctx);
+    ctx->magic = DOT__MAGIC_CONTEXT;
+    ctx->threads = o.threads;
+    ctx->lanes = o.lanes;
+    ctx->flush_denormals = o.flush_denormals;
+    ctx->simd = o.simd;
+    ctx->dtype = o.dtype;
+    ctx->allocator = o.allocator;
+    ctx->log = o.log;
+    ctx->log_user = o.log_user;
+    ctx->allocations = 1;
+    ctx->active_count = o.lanes;
+    ctx->same_seeds = true;
+    ctx->backend = dot__cpu_backend(o.simd);
+    ctx->lane_seeds = (uint64_t *)dot__new(ctx, sizeof(uint64_t) * (size_t)o.lanes);
+    ctx->active = (int *)dot__new(ctx, sizeof(int) * (size_t)o.lanes);
+    ctx->lane_stopped = (bool *)dot__new(ctx, sizeof(bool) * (size_t)o.lanes);
+    if (!ctx->lane_seeds || !ctx->active || !ctx->lane_stopped) {
+        dot_context_destroy(ctx);
+        return NULL;
+    }
+    for (int k = 0; k < o.lanes; ++k) {
+        ctx->active[k] = k;
+        ctx->lane_seeds[k] = o.lane_seeds ? o.lane_seeds[k] : o.seed;
+        if (ctx->lane_seeds[k] != ctx->lane_seeds[0]) ctx->same_seeds = false;
+    }
+#ifdef DOTOPT_NO_THREADS
+    ctx->threads = 1;
+#else
+    if (!dot__pool_start(ctx)) {
+        dot_context_destroy(ctx);
+        return NULL;
+    }
+#endif
+    return ctx;
+}
+
+void dot_context_destroy(dot_context *ctx)
+{
+    if (!ctx) return;
+#ifndef DOTOPT_NO_THREADS
+    dot__pool_stop(ctx);
+#endif
+    dot__files_close(ctx);
+    dot_allocator allocator = ctx->allocator;
+    for (dot__arena_block *block = ctx->arena, *next; block; block = next) {
+        next = block->next;
+        allocator.release(allocator.user, block, block->bytes);
+    }
+    while (ctx->blocks) dot__delete(ctx, (char *)ctx->blocks + DOT__ALIGN);
+    allocator.release(allocator.user, ctx, sizeof *ctx);
+}
+
+/* ---- lanes ---- */
+
+bool dot_lane_stop(dot_context *ctx, int lane)
+{
+    if (!ctx) return false;
+    if (lane < 0 || lane >= ctx->lanes) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_lane_stop: lane %d, expected 0..%d", lane, ctx->lanes - 1);
+        return false;
+    }
+    ctx->lane_stopped[lane] = true;
+    ctx->active_count = 0;
+    for (int k = 0; k < ctx->lanes; ++k)
+        if (!ctx->lane_stopped[k]) ctx->active[ctx->active_count++] = k;
+    return true;
+}
+
+bool dot_lane_active(const dot_context *ctx, int lane)
+{
+    return ctx && lane >= 0 && lane < ctx->lanes && !ctx->lane_stopped[lane];
+}
+
+/* ==== [3 random] =================================================================================== */
+
+/* A stream number is a kind in the top byte and a position below it. */
+#define DOT__STREAM_INIT    ((uint64_t)1 << 56)     /* + number of the parameter */
+#define DOT__STREAM_DROPOUT ((uint64_t)2 << 56)     /* + step << 16 + number of the dropout in the step */
+#define DOT__STREAM_SHUFFLE ((uint64_t)3 << 56)     /* + epoch */
+
+void dot_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
+{
+    uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3], k0 = key[0], k1 = key[1];
+    for (int round = 0; round < 10; ++round) {
+        uint64_t p0 = (uint64_t)0xD2511F53u * c0, p1 = (uint64_t)0xCD9E8D57u * c2;
+        uint32_t n0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, n2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+        c1 = (uint32_t)p1;
+        c3 = (uint32_t)p0;
+        c0 = n0;
+        c2 = n2;
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    out[0] = c0; out[1] = c1; out[2] = c2; out[3] = c3;
+}
+
+static void dot__random_words(uint64_t seed, uint64_t stream, uint64_t index, uint32_t out[4])
+{
+    uint32_t counter[4] = { (uint32_t)index, (uint32_t)(index >> 32), (uint32_t)stream, (uint32_t)(stream >> 32) };
+    uint32_t key[2] = { (uint32_t)seed, (uint32_t)(seed >> 32) };
+    dot_philox4x32(counter, key, out);
+}
+
+/* One block of random words makes two doubles: draws 2i and 2i+1. */
+static void dot__random_pair(uint64_t seed, uint64_t stream, uint64_t pair, double out[2])
+{
+    uint32_t w[4];
+    dot__random_words(seed, stream, pair, w);
+    out[0] = (double)(((uint64_t)w[1] << 32 | w[0]) >> 11) * (1.0 / 9007199254740992.0);
+    out[1] = (double)(((uint64_t)w[3] << 32 | w[2]) >> 11) * (1.0 / 9007199254740992.0);
+}
+
+double dot_random_uniform(uint64_t seed, uint64_t stream, uint64_t index)
+{
+    double pair[2];
+    dot__random_pair(seed, stream, index / 2, pair);
+    return pair[index % 2];
+}
+
+double dot_random_normal(uint64_t seed, uint64_t stream, uint64_t index)
+{
+    double pair[2];
+    dot__random_pair(seed, stream, index / 2, pair);
+    double radius = sqrt(-2.0 * log(1.0 - pair[0])), angle = 6.283185307179586477 * pair[1];
+    return radius * (index % 2 ? sin(angle) : cos(angle));
+}
+
+/* ==== [4 tensors] ================================================================================== */
+
+struct dot_tensor {
+    dot_context *ctx;
+    dot_dtype dtype;
+    int rank;
+    int64_t shape[DOT_MAX_RANK];
+    int64_t size;                   /* elements of one lane */
+    int64_t lane_stride;            /* elements from one lane to the next; 0: shared by all lanes */
+    char *data;
+    bool persistent, requires_grad;
+    bool has_grad;                  /* persistent tensors: `grad` holds a gradient not yet used up */
+    uint64_t grad_pass;             /* step tensors: the backward pass that `grad` belongs to */
+    struct dot_tensor *grad;        /* storage, made when first needed */
+    dot__node *node;                /* the operation that made it, if recorded */
+    uint64_t step_id;               /* step tensors: the step that they live in */
+};
+
+size_t dot_dtype_size(dot_dtype dtype)
+{
+    static const size_t sizes[] = { 4, 8, 8, 1 };
+    return (unsigned)dtype <= DOT_U8 ? sizes[dtype] : 0;
+}
+
+static const char *dot__dtype_name(dot_dtype dtype)
+{
+    static const char *const names[] = { "F32", "F64", "I64", "U8" };
+    return (unsigned)dtype <= DOT_U8 ? names[dtype] : "?";
+}
+
+DOT__INLINE bool dot__laned(const dot_tensor *t) { return t->lane_stride != 0; }
+DOT__INLINE bool dot__is_float(dot_dtype d) { return d == DOT_F32 || d == DOT_F64; }
+
+/* Address of a lane's first element. */
+DOT__INLINE void *dot__at(const dot_tensor *t, int lane)
+{
+    return t->data + (size_t)(t->lane_stride * lane) * dot_dtype_size(t->dtype);
+}
+
+/* "[2,3,4]" for messages. */
+typedef struct dot__text { char text[160]; } dot__text;
+static dot__text dot__shape_text(int rank, const int64_t *shape)
+{
+    dot__text s;
+    size_t used = 1;
+    strcpy(s.text, "[");
+    for (int i = 0; i < rank && i < DOT_MAX_RANK && used < sizeof s.text - 24; ++i)
+        used += (size_t)snprintf(s.text + used, sizeof s.text - used, i ? "," DOT__I64 : DOT__I64, DOT__LL(shape[i]));
+    snprintf(s.text + used, sizeof s.text - used, "]");
+    return s;
+}
+#define DOT__SHAPE(t) dot__shape_text((t)->rank, (t)->shape).text
+
+static bool dot__shape_equal(const dot_tensor *a, const dot_tensor *b)
+{
+    return a->rank == b->rank && (a->rank == 0 || memcmp(a->shape, b->shape, sizeof(int64_t) * (size_t)a->rank) == 0);
+}
+
+/* Elements of a shape whose bytes in all lanes fit memory, or -1 with the error set. */
+static int64_t dot__shape_size(dot_context *ctx, const char *function, dot_dtype dtype, int rank, const int64_t *shape)
+{
+    if ((unsigned)dtype > DOT_U8) {
+        dot__fail(ctx, DOT_ERROR_DTYPE, "%s: dtype %d, expected DOT_F32, DOT_F64, DOT_I64 or DOT_U8", function, (int)dtype);
+        return -1;
+    }
+    if (rank < 0 || rank > DOT_MAX_RANK || (rank > 0 && !shape)) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "%s: rank %d, expected 0..%d and a shape", function, rank, DOT_MAX_RANK);
+        return -1;
+    }
+    size_t bytes = dot_dtype_size(dtype) * (size_t)ctx->lanes;
+    int64_t size = 1;
+    bool empty = false, fits = true;
+    for (int i = 0; i < rank; ++i) {
+        if (shape[i] < 0) {
+            dot__fail(ctx, DOT_ERROR_SHAPE, "%s: shape %s, expected sizes >= 0", function, dot__shape_text(rank, shape).text);
+            return -1;
+        }
+        if (shape[i] == 0) { empty = true; continue; }
+        if ((uint64_t)shape[i] > SIZE_MAX / 4 || !dot__mul_size(bytes, (size_t)shape[i], &bytes)
+            || bytes > SIZE_MAX / 4 || bytes > (size_t)(INT64_MAX / 4)) { fits = false; break; }
+        size *= shape[i];
+    }
+    if (!fits) {
+        dot__fail(ctx, DOT_ERROR_MEMORY, "%s: shape %s is larger than memory can be", function,
+                  dot__shape_text(rank, shape).text);
+        return -1;
+    }
+    return empty ? 0 : size;
+}
+
+static void dot__tensor_init(dot_tensor *t, dot_context *ctx, dot_dtype dtype, int rank, const int64_t *shape, int64_t size)
+{
+    memset(t, 0, sizeof *t);
+    t->ctx = ctx;
+    t->dtype = dtype;
+    t->rank = rank;
+    for (int i = 0; i < rank; ++i) t->shape[i] = shape[i];
+    t->size = size;
+    t->step_id = ctx->step_id;
+}
+
+/* Lanes begin on a cache line. An empty tensor keeps a stride, so that laned and shared stay apart. */
+static int64_t dot__lane_stride(int64_t size) { return dot__round_up(dot__max(size, 1), DOT__ALIGN / 4); }
+
+static dot_tensor *dot__persistent_tensor(dot_context *ctx, dot_dtype dtype, int rank, const int64_t *shape, int64_t size)
+{
+    dot_tensor *t = (dot_tensor *)dot__new(ctx, sizeof *t);
+    if (!t) return NULL;
+    dot__tensor_init(t, ctx, dtype, rank, shape, size);
+    t->persistent = true;
+    t->lane_stride = dot__lane_stride(size);
+    t->data = (char *)dot__new(ctx, (size_t)(t->lane_stride * ctx->lanes) * dot_dtype_size(dtype));
+    if (!t->data) {
+        dot__delete(ctx, t);
+        return NULL;
+    }
+    return t;
+}
+
+/* A tensor in step memory, its elements not set. The shape must have been checked. */
+static dot_tensor *dot__step_tensor(dot_context *ctx, dot_dtype dtype, int rank, const int64_t *shape, bool laned)
+{
+    int64_t size = dot__shape_size(ctx, "dotopt", dtype, rank, shape);
+    if (size < 0) return NULL;
+    dot_tensor *t = (dot_tensor *)dot__step_alloc(ctx, sizeof *t);
+    if (!t) return NULL;
+    dot__tensor_init(t, ctx, dtype, rank, shape, size);
+    int64_t stride = dot__lane_stride(size);
+    t->data = (char *)dot__step_alloc(ctx, (size_t)(laned ? stride * ctx->lanes : stride) * dot_dtype_size(dtype));
+    if (!t->data) return NULL;
+    t->lane_stride = laned ? stride : 0;
+    return t;
+}
+
+static dot_tensor *dot__step_like(const dot_tensor *t, bool laned)
+{
+    return dot__step_tensor(t->ctx, t->dtype, t->rank, t->shape, laned);
+}
+
+dot_tensor *dot_tensor_create(dot_context *ctx, dot_dtype dtype, int rank, const int64_t *shape)
+{
+    if (!dot_ok(ctx)) return NULL;
+    int64_t size = dot__shape_size(ctx, "dot_tensor_create", dtype, rank, shape);
+    return size < 0 ? NULL : dot__persistent_tensor(ctx, dtype, rank, shape, size);
+}
+
+dot_tensor *dot_input(dot_context *ctx, dot_dtype dtype, int rank, const int64_t *shape, const void *data)
+{
+    if (!dot_ok(ctx)) return NULL;
+    int64_t size = dot__shape_size(ctx, "dot_input", dtype, rank, shape);
+    if (size < 0) return NULL;
+    if (!data && size > 0) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_input: data is NULL, expected " DOT__I64 " elements", DOT__LL(size));
+        return NULL;
+    }
+    dot_tensor *t = dot__step_tensor(ctx, dtype, rank, shape, false);
+    if (t && size > 0) memcpy(t->data, data, (size_t)size * dot_dtype_size(dtype));
+    return t;
+}
+
+dot_tensor *dot_requires_grad(dot_tensor *t, bool on)
+{
+    if (!t || !dot_ok(t->ctx)) return NULL;
+    if (!t->persistent || !dot__is_float(t->dtype)) {
+        dot__fail(t->ctx, DOT_ERROR_ARGUMENT, "dot_requires_grad: %s tensor %s, expected a persistent tensor of F32 or F64",
+                  t->persistent ? dot__dtype_name(t->dtype) : "step", DOT__SHAPE(t));
+        return NULL;
+    }
+    t->requires_grad = on;
+    return t;
+}
+
+dot_context *dot_tensor_context(const dot_tensor *t) { return t ? t->ctx : NULL; }
+dot_dtype    dot_tensor_dtype(const dot_tensor *t)   { return t ? t->dtype : DOT_F32; }
+int          dot_tensor_rank(const dot_tensor *t)    { return t ? t->rank : 0; }
+int64_t      dot_tensor_size(const dot_tensor *t)    { return t ? t->size : 0; }
+
+int64_t dot_tensor_dim(const dot_tensor *t, int axis)
+{
+    if (!t) return 0;
+    int i = axis < 0 ? axis + t->rank : axis;
+    if (i >= 0 && i < t->rank) return t->shape[i];
+    dot__fail(t->ctx, DOT_ERROR_ARGUMENT, "dot_tensor_dim: axis %d of a tensor %s", axis, DOT__SHAPE(t));
+    return 0;
+}
+
+/* Checks a lane number; DOT_ALL only where `all` says so. */
+static bool dot__lane_ok(dot_context *ctx, const char *function, int lane, bool all)
+{
+    if ((lane >= 0 && lane < ctx->lanes) || (all && lane == DOT_ALL)) return true;
+    dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: lane %d, expected 0..%d%s", function, lane, ctx->lanes - 1, all ? " or DOT_ALL" : "");
+    return false;
+}
+
+void *dot_tensor_data(dot_tensor *t, int lane)
+{
+    return t && dot__lane_ok(t->ctx, "dot_tensor_data", lane, false) ? dot__at(t, lane) : NULL;
+}
+
+static bool dot__has_grad(const dot_tensor *t)
+{
+    return t->grad && (t->persistent ? t->has_grad : t->grad_pass == t->ctx->pass);
+}
+
+dot_tensor *dot_tensor_grad(dot_tensor *t) { return t && dot__has_grad(t) ? t->grad : NULL; }
+
+static double dot__load(const void *data, dot_dtype dtype, int64_t i)
+{
+    switch (dtype) {
+    case DOT_F32: return (double)((const float *)data)[i];
+    case DOT_F64: return ((const double *)data)[i];
+    case DOT_I64: return (double)((const int64_t *)data)[i];
+    default:      return (double)((const uint8_t *)data)[i];
+    }
+}
+
+/* Integers are rounded to the nearest and clamped; NaN becomes 0. */
+static void dot__store(void *data, dot_dtype dtype, int64_t i, double value)
+{
+    switch (dtype) {
+    case DOT_F32: ((float *)data)[i] = (float)value; break;
+    case DOT_F64: ((double *)data)[i] = value; break;
+    case DOT_I64: ((int64_t *)data)[i] = value != value ? 0 : value >= 9.2e18 ? INT64_MAX : value <= -9.2e18 ? INT64_MIN
+                                         : (int64_t)floor(value + 0.5); break;
+    default:      ((uint8_t *)data)[i] = value >= 255 ? 255 : value > 0 ? (uint8_t)(value + 0.5) : 0; break;
+    }
+}
+
+double dot_item(const dot_tensor *t, int lane)
+{
+    if (!t) return (double)NAN;
+    if (!dot__lane_ok(t->ctx, "dot_item", lane, false)) return (double)NAN;
+    if (t->size < 1) {
+        dot__fail(t->ctx, DOT_ERROR_SHAPE, "dot_item: tensor %s is empty", DOT__SHAPE(t));
+        return (double)NAN;
+    }
+    return dot__load(dot__at(t, lane), t->dtype, 0);
+}
+
+static bool dot__transfer_ok(const char *function, const dot_tensor *t, int lane, const void *values, int64_t count, bool all)
+{
+    if (!dot__lane_ok(t->ctx, function, lane, all)) return false;
+    if (count != t->size || (count > 0 && !values)) {
+        dot__fail(t->ctx, DOT_ERROR_ARGUMENT, "%s: " DOT__I64 " values%s, expected " DOT__I64 " for a tensor %s", function,
+                  DOT__LL(count), values ? "" : " at NULL", DOT__LL(t->size), DOT__SHAPE(t));
+        return false;
+    }
+    return true;
+}
+
+bool dot_tensor_get(const dot_tensor *t, int lane, double *out, int64_t count)
+{
+    if (!t || !dot__transfer_ok("dot_tensor_get", t, lane, out, count, false)) return false;
+    for (int64_t i = 0; i < count; ++i) out[i] = dot__load(dot__at(t, lane), t->dtype, i);
+    return true;
+}
+
+bool dot_tensor_set(dot_tensor *t, int lane, const double *values, int64_t count)
+{
+    if (!t || !dot__transfer_ok("dot_tensor_set", t, lane, values, count, true)) return false;
+    for (int k = 0; k < (dot__laned(t) ? t->ctx->lanes : 1); ++k)
+        if (lane == DOT_ALL || lane == k || !dot__laned(t))
+            for (int64_t i = 0; i < count; ++i) dot__store(dot__at(t, k), t->dtype, i, values[i]);
+    return true;
+}
+
+/* ==== [5 backend] ================================================================================== */
+
+/* What runs on a device is reached through this table alone; operations fill in plain descriptors. An array is the address of
+   lane 0 and the bytes from one lane to the next (0: shared). `laned` says whether a kernel runs for every active lane or
+   once. Strides are in elements. */
+
+typedef struct dot__array { char *data; int64_t lane; } dot__array;
+
+DOT__INLINE void *dot__lane(dot__array a, int lane) { return a.data + a.lane * lane; }
+
+static dot__array dot__array_of(const dot_tensor *t)
+{
+    dot__array a = { NULL, 0 };
+    if (!t) return a;
+    a.data = t->data;
+    a.lane = t->lane_stride * (int64_t)dot_dtype_size(t->dtype);
+    return a;
+}
+
+/* Elementwise functions of one argument: X(name, y = f(x), dy/dx), with two parameters p and q. T is the element type, and
+   EXP ... are libm's functions of that type. */
+#define DOT__UNARY(X) \
+    X(NEG,        -x,                                   (T)-1) \
+    X(ABS,        FABS(x),                              x > 0 ? (T)1 : x < 0 ? (T)-1 : (T)0) \
+    X(EXP_,       EXP(x),                               y) \
+    X(LOG_,       LOG(x),                               (T)1 / x) \
+    X(SQRT_,      SQRT(x),                              (T)0.5 / y) \
+    X(SQUARE,     x * x,                                2 * x) \
+    X(ADD_SCALAR, x + p,                                (T)1) \
+    X(MUL_SCALAR, x * p,                                p) \
+    X(POW_SCALAR, POW(x, p),                            p == 0 ? (T)0 : p * POW(x, p - 1)) \
+    X(RELU,       x < 0 ? (T)0 : x,                     y > 0 ? (T)1 : (T)0) \
+    X(LEAKY_RELU, x > 0 ? x : p * x,                    x > 0 ? (T)1 : p) \
+    X(GELU,       (T)0.5 * x * ERFC(-x * (T)0.70710678118654752440), \
+                  (T)0.5 * ERFC(-x * (T)0.70710678118654752440) + x * EXP((T)-0.5 * x * x) * (T)0.39894228040143267794) \
+    X(GELU_TANH,  (T)0.5 * x * (1 + TANH((T)0.79788456080286535588 * (x + (T)0.044715 * x * x * x))), \
+                  DOT__N(dot__gelu_tanh_slope)(x)) \
+    X(SILU,       x * DOT__N(dot__sigmoid)(x), \
+                  DOT__N(dot__sigmoid)(x) * (1 + x * (1 - DOT__N(dot__sigmoid)(x)))) \
+    X(SIGMOID,    DOT__N(dot__sigmoid)(x),              y * (1 - y)) \
+    X(TANH_,      TANH(x),                              1 - y * y) \
+    X(SOFTPLUS,   p * x > q ? x : LOG1P(EXP(p * x)) / p, \
+                  p * x > q ? (T)1 : DOT__N(dot__sigmoid)(p * x))
+
+/* Elementwise functions of two arguments: X(name, z = f(a, b), dz/da, dz/db). EQUAL serves the gradient of max and min. */
+#define DOT__BINARY(X) \
+    X(ADD,     a + b,                       (T)1,                               (T)1) \
+    X(SUB,     a - b,                       (T)1,                               (T)-1) \
+    X(MUL,     a * b,                       b,                                  a) \
+    X(DIV,     a / b,                       1 / b,                              -a / (b * b)) \
+    X(MAXIMUM, a != a || a > b ? a : b,     a > b ? (T)1 : a == b ? (T)0.5 : (T)0, b > a ? (T)1 : a == b ? (T)0.5 : (T)0) \
+    X(MINIMUM, a != a || a < b ? a : b,     a < b ? (T)1 : a == b ? (T)0.5 : (T)0, b < a ? (T)1 : a == b ? (T)0.5 : (T)0) \
+    X(EQUAL,   a == b ? (T)1 : (T)0,        (T)0,                               (T)0)
+
+/* Losses of a prediction x and a target t, averaged over the elements: X(name, value, dvalue/dx, dvalue/dt), parameter p. */
+#define DOT__LOSSES(X) \
+    X(MSE,   (x - t) * (x - t),                 2 * (x - t),                            2 * (t - x)) \
+    X(L1,    FABS(x - t),                       x > t ? (T)1 : x < t ? (T)-1 : (T)0,    t > x ? (T)1 : t < x ? (T)-1 : (T)0) \
+    X(HUBER, FABS(x - t) < p ? (T)0.5 * (x - t) * (x - t) : p * (FABS(x - t) - (T)0.5 * p), \
+             FABS(x - t) < p ? x - t : x > t ? p : -p,  FABS(x - t) < p ? t - x : x > t ? -p : p) \
+    X(BCE,   (x > 0 ? x : 0) - x * t + LOG1P(EXP(-FABS(x))),   DOT__N(dot__sigmoid)(x) - t,        -x)
+
+#define DOT__ENUM3(name, a, b) DOT__##name,
+#define DOT__ENUM4(name, a, b, c) DOT__##name,
+typedef enum dot__unary { DOT__UNARY(DOT__ENUM3) DOT__UNARIES } dot__unary;
+typedef enum dot__binary { DOT__BINARY(DOT__ENUM4) DOT__BINARIES } dot__binary;
+typedef enum dot__loss { DOT__LOSSES(DOT__ENUM4) DOT__LOSS_KINDS } dot__loss;
+
+typedef struct dot__map {           /* y = f(x); backward: dx (+)= dy f'(x, y) */
+    dot_dtype dtype;
+    bool laned, accumulate;
+    dot__unary op;
+    double p, q;
+    int64_t n;
+    dot__array x, y, dy, dx;
+} dot__map;
+
+typedef struct dot__zip {           /* z = f(a, b) over `shape`; backward: out = dz df/da, or df/db if `second` */
+    dot_dtype dtype;
+    bool laned, second;
+    dot__binary op;
+    int rank;
+    int64_t shape[DOT_MAX_RANK], a_stride[DOT_MAX_RANK], b_stride[DOT_MAX_RANK];    /* stride 0: broadcast */
+    dot__array a, b, z, out;        /* z (or dz) and out are contiguous */
+} dot__zip;
+
+typedef struct dot__copy {          /* to = scale * from (+ to), over `shape` */
+    dot_dtype dtype;
+    bool laned, accumulate;
+    double scale;
+    int rank;
+    int64_t shape[DOT_MAX_RANK], to_stride[DOT_MAX_RANK], from_stride[DOT_MAX_RANK];
+    dot__array to, from;
+} dot__copy;
+
+typedef enum dot__reduction { DOT__SUM, DOT__MAX, DOT__MIN } dot__reduction;
+typedef struct dot__reduce {        /* out = scale * (sum | max | min over the axes in `axes`) (+ out) */
+    dot_dtype dtype;
+    bool laned, accumulate;
+    dot__reduction op;
+    double scale;
+    int rank;
+    int64_t shape[DOT_MAX_RANK];
+    unsigned axes;
+    dot__array x, out;
+} dot__reduce;
+
+/* THE MATRIX PRODUCT.  C[row][column] = sum over tap, k of A[row][tap][k] B[tap][k][column].
+
+   Rows are found through tables, one for each of three axes, so that one kernel serves them all:
+     a matrix            one tap; every row is an "image" of one position
+     an image as patches row = output position, tap = kernel position; the address of a row's tap is the sum of three table
+                         entries, one an axis, and -1 in any of them stands for padding, a row of zeros
+     the gradient of a strided convolution with respect to its input, which is also a transposed convolution: the input
+                         positions fall into stride^dims classes by their remainder modulo the stride. Within a class every
+                         position is reached by the same taps, so each class is one matrix product over those taps: row =
+                         position of the class, A = gradient of the output, B = the weight of the class's taps, transposed.
+   The table says which taps those are (`tap`) and where the results go (`to`). */
+typedef struct dot__axis {
+    int64_t count;                  /* positions along the axis */
+    int taps;
+    const int32_t *from;            /* [count][taps]: element offset of the row within the image of A, or -1 */
+    const int32_t *to;              /* [count]: element offset within the image of C */
+    const int32_t *tap;             /* [taps]: element offset within the weight */
+} dot__axis;
+
+typedef struct dot__rows {          /* rows = images * positions of the three axes; A and C are addressed by row */
+    int64_t images;
+    dot__axis axis[3];
+    int64_t from_image, to_image;   /* elements from one image to the next, in A and in C */
+} dot__rows;
+
+typedef struct dot__gemm {
+    dot_dtype dtype;
+    bool laned, accumulate;         /* C += */
+    dot_activation activation;
+    dot__rows rows;
+    int64_t depth, columns;         /* k per tap; columns */
+    int64_t b_row, b_column;        /* strides of B within a tap */
+    int64_t batch, a_batch, b_batch, c_batch;   /* independent products (groups of channels, batched matrices) */
+    dot__array a, b, bias, c;       /* bias[columns] (by c_batch for further batches), or NULL */
+} dot__gemm;
+
+/* W[tap][k][column] (+)= sum over rows of A[row][tap][k] D[row][column]: the gradient of the weight. */
+typedef struct dot__outer {
+    dot_dtype dtype;
+    bool laned, accumulate;
+    dot__rows rows;                 /* `to` addresses D */
+    int64_t depth, columns;
+    int64_t w_row;                  /* from one k to the next in W; columns are contiguous */
+    int64_t batch, a_batch, d_batch, w_batch;
+    dot__array a, d, w;
+} dot__outer;
+
+typedef struct dot__softmax {       /* over the middle of [outer][n][inner]; backward needs y and dy */
+    dot_dtype dtype;
+    bool laned, accumulate, logarithm;
+    int64_t outer, n, inner;
+    dot__array x, y, dy, dx;
+} dot__softmax;
+
+/* x seen as [sets][positions][groups][channels]; statistics of each (set, group); weight and bias are indexed by (group,
+   channel). Layer, group and batch normalisation are three shapes of this. */
+typedef struct dot__norm {
+    dot_dtype dtype;
+    bool laned, weighted, biased, tracked, fixed;               /* fixed: use the running statistics */
+    bool accumulate, add_weight, add_bias;                      /* dx, dweight, dbias: add to what is there */
+    int64_t sets, positions, groups, channels;
+    double eps, momentum;
+    dot__array x, y, weight, bias, mean, rstd;                  /* mean, rstd: [sets][groups] doubles */
+    dot__array running_mean, running_var;
+    dot__array dy, dx, dweight, dbias, partial;                 /* NULL where not wanted; partial: scratch */
+} dot__norm;
+
+typedef struct dot__pool_job {      /* [images][in][channels] -> [images][positions][channels] over windows of taps */
+    dot_dtype dtype;
+    bool laned, accumulate, maximum, count_padding;
+    int64_t images, in, channels;
+    dot__axis axis[3];              /* `from` in positions, or -1; `tap` unused; `to`: [count] window sizes with padding */
+    dot__array x, y, dy, dx;
+} dot__pool_job;
+
+typedef struct dot__gather {        /* y[i] = w[index[i]]; backward: dw[index[i]] += dy[i], dw zeroed first unless accumulate */
+    dot_dtype dtype;
+    bool laned, accumulate;
+    int64_t count, rows, width;
+    dot__array w, index, y, dy, dw;
+} dot__gather;
+
+typedef struct dot__dropout_job {   /* y (+)= keep ? x * scale : 0 */
+    dot_dtype dtype;
+    bool laned, accumulate;
+    int64_t n;
+    uint64_t stream, threshold;     /* kept when the 32-bit draw >= threshold */
+    double scale;
+    const uint64_t *seeds;
+    dot__array x, y;
+} dot__dropout_job;
+
+typedef struct dot__loss_job {      /* value = mean of f(x, t); backward: out (+)= dvalue f' / n */
+    dot_dtype dtype;
+    bool laned, accumulate, wrt_target;
+    dot__loss op;
+    double p;
+    int64_t n;
+    dot__array x, t, value, out;
+} dot__loss_job;
+
+typedef struct dot__entropy {       /* cross entropy; backward: dx (+)= dvalue (softmax - q) / rows */
+    dot_dtype dtype;
+    bool laned, accumulate;
+    int64_t rows, classes;
+    double smoothing;
+    dot__array x, labels, value, dx;
+} dot__entropy;
+
+struct dot__update;                 /* the optimizers' jobs: section 9 */
+
+typedef struct dot__backend {
+    const char *name;
+    void (*fill)(dot_context *ctx, dot_dtype dtype, bool laned, dot__array to, int64_t n, double value);
+    void (*map)(dot_context *ctx, dot__map *job);
+    void (*map_backward)(dot_context *ctx, dot__map *job);
+    void (*zip)(dot_context *ctx, dot__zip *job);
+    void (*zip_backward)(dot_context *ctx, dot__zip *job);
+    void (*copy)(dot_context *ctx, dot__copy *job);
+    bool (*reduce)(dot_context *ctx, dot__reduce *job);
+    bool (*gemm)(dot_context *ctx, dot__gemm *job);
+    bool (*outer)(dot_context *ctx, dot__outer *job);
+    void (*softmax)(dot_context *ctx, dot__softmax *job);
+    void (*softmax_backward)(dot_context *ctx, dot__softmax *job);
+    void (*norm)(dot_context *ctx, dot__norm *job);
+    bool (*norm_backward)(dot_context *ctx, dot__norm *job);
+    void (*pool)(dot_context *ctx, dot__pool_job *job);
+    void (*pool_backward)(dot_context *ctx, dot__pool_job *job);
+    void (*gather)(dot_context *ctx, dot__gather *job);
+    void (*gather_backward)(dot_context *ctx, dot__gather *job);
+    void (*dropout)(dot_context *ctx, dot__dropout_job *job);
+    bool (*loss)(dot_context *ctx, dot__loss_job *job);
+    void (*loss_backward)(dot_context *ctx, dot__loss_job *job);
+    bool (*entropy)(dot_context *ctx, dot__entropy *job);
+    void (*entropy_backward)(dot_context *ctx, dot__entropy *job);
+} dot__backend;                     /* the bool ones need scratch memory: false when there is none */
+
+/* ---- the CPU: building blocks of one element type ----
+   Kernels are macros of (T, S), the element type and its suffix, so that each is written once. */
+
+#define DOT__PIECE 16384            /* elements of an elementwise job that one thread does at a time */
+#define DOT__CHUNK 4096             /* elements that a sum adds up before it is combined with the others, in order */
+
+#define DOT__PASTE(a, b) DOT__PASTE2(a, b)
+#define DOT__PASTE2(a, b) a##_##b
+#define DOT__N(name) DOT__PASTE(name, DOT__S)
+
+#define DOT__SIGMOID_FUNCTIONS \
+    DOT__INLINE T DOT__N(dot__sigmoid)(T x) \
+    { \
+        T e = EXP(-FABS(x));            /* never overflows */ \
+        return x >= 0 ? 1 / (1 + e) : e / (1 + e); \
+    } \
+    DOT__INLINE T DOT__N(dot__gelu_tanh_slope)(T x) \
+    { \
+        T c = (T)0.79788456080286535588, h = TANH(c * (x + (T)0.044715 * x * x * x)); \
+        return (T)0.5 * (1 + h) + (T)0.5 * x * (1 - h * h) * c * (1 + 3 * (T)0.044715 * x * x); \
+    }
+
+#define DOT__UNARY_FUNCTIONS(name, value, slope) \
+    static void DOT__N(dot__map_##name)(const T *xs, T *ys, int64_t n, T p, T q) \
+    { \
+        (void)p; (void)q; \
+        for (int64_t i = 0; i < n; ++i) { T x = xs[i]; ys[i] = value; } \
+    } \
+    static void DOT__N(dot__map_back_##name)(const T *xs, const T *ys, const T *dys, T *dxs, int64_t n, T p, T q, bool add) \
+    { \
+        (void)p; (void)q; \
+        if (add) for (int64_t i = 0; i < n; ++i) { T x = xs[i], y = ys[i]; (void)x; (void)y; dxs[i] += dys[i] * (slope); } \
+        else     for (int64_t i = 0; i < n; ++i) { T x = xs[i], y = ys[i]; (void)x; (void)y; dxs[i] = dys[i] * (slope); } \
+    }
+
+#define DOT__BINARY_FUNCTIONS(name, value, slope_a, slope_b) \
+    static void DOT__N(dot__zip_##name)(const T *as, int64_t sa, const T *bs, int64_t sb, T *zs, int64_t n) \
+    { \
+        if (sa == 1 && sb == 1) for (int64_t i = 0; i < n; ++i) { T a = as[i], b = bs[i]; zs[i] = value; } \
+        else for (int64_t i = 0; i < n; ++i) { T a = as[i * sa], b = bs[i * sb]; zs[i] = value; } \
+    } \
+    static void DOT__N(dot__zip_back_##name)(const T *as, int64_t sa, const T *bs, int64_t sb, const T *dzs, T *out, int64_t n, \
+                                             bool second) \
+    { \
+        for (int64_t i = 0; i < n; ++i) { \
+            T a = as[i * sa], b = bs[i * sb]; \
+            (void)a; (void)b; \
+            out[i] = dzs[i] * (second ? (slope_b) : (slope_a)); \
+        } \
+    }
+
+#define DOT__LOSS_FUNCTIONS(name, value, slope_x, slope_t) \
+    static double DOT__N(dot__loss_##name)(const T *xs, const T *ts, int64_t n, T p) \
+    { \
+        double sum = 0; \
+        (void)p; \
+        for (int64_t i = 0; i < n; ++i) { T x = xs[i], t = ts[i]; sum += (double)(value); } \
+        return sum; \
+    } \
+    static void DOT__N(dot__loss_back_##name)(const T *xs, const T *ts, T *out, int64_t n, T p, T scale, bool wrt_t, bool add) \
+    { \
+        (void)p; \
+        for (int64_t i = 0; i < n; ++i) { \
+            T x = xs[i], t = ts[i], d = scale * (wrt_t ? (slope_t) : (slope_x)); \
+            (void)x; (void)t; \
+            out[i] = add ? out[i] + d : d; \
+        } \
+    }
+
+#define DOT__MAP_ROW(name, a, b)        { DOT__N(dot__map_##name), DOT__N(dot__map_back_##name) },
+#define DOT__ZIP_ROW(name, a, b, c)     { DOT__N(dot__zip_##name), DOT__N(dot__zip_back_##name) },
+#define DOT__LOSS_ROW(name, a, b, c)    { DOT__N(dot__loss_##name), DOT__N(dot__loss_back_##name) },
+
+#define DOT__ELEMENTWISE \
+    DOT__SIGMOID_FUNCTIONS \
+    DOT__UNARY(DOT__UNARY_FUNCTIONS) \
+    DOT__BINARY(DOT__BINARY_FUNCTIONS) \
+    DOT__LOSSES(DOT__LOSS_FUNCTIONS) \
+    static const struct { \
+        void (*forward)(const T *, T *, int64_t, T, T); \
+        void (*backward)(const T *, const T *, const T *, T *, int64_t, T, T, bool); \
+    } DOT__N(dot__maps)[] = { DOT__UNARY(DOT__MAP_ROW) }; \
+    static const struct { \
+        void (*forward)(const T *, int64_t, const T *, int64_t, T *, int64_t); \
+        void (*backward)(const T *, int64_t, const T *, int64_t, const T *, T *, int64_t, bool); \
+    } DOT__N(dot__zips)[] = { DOT__BINARY(DOT__ZIP_ROW) }; \
+    static const struct { \
+        double (*forward)(const T *, const T *, int64_t, T); \
+        void (*backward)(const T *, const T *, T *, int64_t, T, T, bool, bool); \
+    } DOT__N(dot__losses)[] = { DOT__LOSSES(DOT__LOSS_ROW) };
+
+#define T float
+#define DOT__S f32
+#define EXP expf
+#define LOG logf
+#define LOG1P log1pf
+#define SQRT sqrtf
+#define TANH tanhf
+#define ERFC erfcf
+#define POW powf
+#define FABS fabsf
+DOT__ELEMENTWISE
+#undef T
+#undef DOT__S
+#undef EXP
+#undef LOG
+#undef LOG1P
+#undef SQRT
+#undef TANH
+#undef ERFC
+#undef POW
+#undef FABS
+#define T double
+#define DOT__S f64
+#define EXP exp
+#define LOG log
+#define LOG1P log1p
+#define SQRT sqrt
+#define TANH tanh
+#define ERFC erfc
+#define POW pow
+#define FABS fabs
+DOT__ELEMENTWISE
+#undef T
+#undef DOT__S
+#undef EXP
+#undef LOG
+#undef LOG1P
+#undef SQRT
+#undef TANH
+#undef ERFC
+#undef POW
+#undef FABS
+
+/* Calls the float or the double version of a kernel. */
+#define DOT__CALL(dtype, function, arguments) \
+    do { if ((dtype) == DOT_F32) function##_f32 arguments; else function##_f64 arguments; } while (0)
+
+/* Part `piece` of n elements: begin and length. */
+DOT__INLINE int64_t dot__part(int64_t n, int64_t piece, int64_t size, int64_t *length)
+{
+    int64_t begin = piece * size;
+    *length = dot__min(size, n - begin);
+    return begin;
+}
+
+/* ---- elementwise jobs ---- */
+
+typedef struct dot__fill_job { dot_dtype dtype; dot__array to; int64_t n; double value; } dot__fill_job;
+
+static void dot__fill_piece(void *argument, int lane, int64_t piece)
+{
+    dot__fill_job *job = (dot__fill_job *)argument;
+    int64_t n, begin = dot__part(job->n, piece, DOT__PIECE, &n);
+    void *to = dot__lane(job->to, lane);
+    if (job->dtype == DOT_F32) for (int64_t i = 0; i < n; ++i) ((float *)to)[begin + i] = (float)job->value;
+    else for (int64_t i = 0; i < n; ++i) ((double *)to)[begin + i] = job->value;
+}
+
+static void dot__cpu_fill(dot_context *ctx, dot_dtype dtype, bool laned, dot__array to, int64_t n, double value)
+{
+    dot__fill_job job = { dtype, to, n, value };
+    dot__parallel(ctx, laned, dot__ceil_div(n, DOT__PIECE), dot__fill_piece, &job);
+}
+
+#define DOT__MAP_PIECES(T, S) \
+static void dot__map_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__map *job = (dot__map *)argument; \
+    int64_t n, i = dot__part(job->n, piece, DOT__PIECE, &n); \
+    dot__maps_##S[job->op].forward((T *)dot__lane(job->x, lane) + i, (T *)dot__lane(job->y, lane) + i, n, (T)job->p, (T)job->q); \
+} \
+static void dot__map_back_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__map *job = (dot__map *)argument; \
+    int64_t n, i = dot__part(job->n, piece, DOT__PIECE, &n); \
+    dot__maps_##S[job->op].backward((T *)dot__lane(job->x, lane) + i, (T *)dot__lane(job->y, lane) + i, \
+        (T *)dot__lane(job->dy, lane) + i, (T *)dot__lane(job->dx, lane) + i, n, (T)job->p, (T)job->q, job->accumulate); \
+}
+DOT__MAP_PIECES(float, f32)
+DOT__MAP_PIECES(double, f64)
+
+static void dot__cpu_map(dot_context *ctx, dot__map *job)
+{
+    dot__parallel(ctx, job->laned, dot__ceil_div(job->n, DOT__PIECE),
+                  job->dtype == DOT_F32 ? dot__map_piece_f32 : dot__map_piece_f64, job);
+}
+
+static void dot__cpu_map_backward(dot_context *ctx, dot__map *job)
+{
+    dot__parallel(ctx, job->laned, dot__ceil_div(job->n, DOT__PIECE),
+                  job->dtype == DOT_F32 ? dot__map_back_piece_f32 : dot__map_back_piece_f64, job);
+}
+
+/* Axes that lie one behind the other in every array are one axis; an axis of size 1 is none. `strides` holds `arrays` rows of
+   DOT_MAX_RANK. There is always at least one axis afterwards. */
+static int dot__collapse(int rank, int64_t *shape, int64_t (*strides)[DOT_MAX_RANK], int arrays)
+{
+    int kept = 0;
+    for (int i = 0; i < rank; ++i) {
+        if (shape[i] == 1) continue;
+        bool joins = kept > 0;
+        for (int a = 0; a < arrays && joins; ++a) joins = strides[a][kept - 1] == strides[a][i] * shape[i];
+        if (joins) {
+            shape[kept - 1] *= shape[i];
+            for (int a = 0; a < arrays; ++a) strides[a][kept - 1] = strides[a][i];
+        } else {
+            shape[kept] = shape[i];
+            for (int a = 0; a < arrays; ++a) strides[a][kept] = strides[a][i];
+            kept++;
+        }
+    }
+    if (kept == 0) {
+        shape[0] = 1;
+        for (int a = 0; a < arrays; ++a) strides[a][0] = 1;
+        kept = 1;
+    }
+    return kept;
+}
+
+/* An elementwise walk over strided arrays: rows along the last axis, cut into pieces. */
+typedef struct dot__walk {
+    int rank;
+    int64_t shape[DOT_MAX_RANK], stride[3][DOT_MAX_RANK];
+    int64_t rows, length;           /* of the rows */
+    int64_t per_piece, pieces;      /* rows a piece when rows are short; else a row has `cuts` pieces */
+    int64_t cuts;
+} dot__walk;
+
+static void dot__walk_init(dot__walk *w, int rank, const int64_t *shape, const int64_t *s0, const int64_t *s1, const int64_t *s2)
+{
+    const int64_t *strides[3] = { s0, s1, s2 };
+    for (int i = 0; i < rank; ++i) {
+        w->shape[i] = shape[i];
+        for (int a = 0; a < 3; ++a) w->stride[a][i] = strides[a][i];
+    }
+    w->rank = dot__collapse(rank, w->shape, w->stride, 3);
+    w->length = w->shape[w->rank - 1];
+    w->rows = 1;
+    for (int i = 0; i + 1 < w->rank; ++i) w->rows *= w->shape[i];
+    w->cuts = dot__max(1, dot__ceil_div(w->length, DOT__PIECE));
+    w->per_piece = w->cuts > 1 ? 1 : dot__max(1, DOT__PIECE / dot__max(1, w->length));
+    w->pieces = w->length == 0 ? 0 : w->cuts > 1 ? w->rows * w->cuts : dot__ceil_div(w->rows, w->per_piece);
+}
+
+/* The rows of a piece are [first, last), and the part of each row [begin, begin + n). */
+static void dot__walk_piece(const dot__walk *w, int64_t piece, int64_t *first, int64_t *last, int64_t *begin, int64_t *n)
+{
+    if (w->cuts > 1) {
+        *first = piece / w->cuts;
+        *last = *first + 1;
+        *begin = dot__part(w->length, piece % w->cuts, DOT__PIECE, n);
+    } else {
+        *first = piece * w->per_piece;
+        *last = dot__min(w->rows, *first + w->per_piece);
+        *begin = 0;
+        *n = w->length;
+    }
+}
+
+static void dot__walk_offsets(const dot__walk *w, int64_t row, int64_t offset[3])
+{
+    offset[0] = offset[1] = offset[2] = 0;
+    for (int i = w->rank - 2; i >= 0; --i) {
+        int64_t at = row % w->shape[i];
+        row /= w->shape[i];
+        for (int a = 0; a < 3; ++a) offset[a] += at * w->stride[a][i];
+    }
+}
+
+static void dot__contiguous_strides(int rank, const int64_t *shape, int64_t *stride)
+{
+    int64_t s = 1;
+    for (int i = rank - 1; i >= 0; --i) { stride[i] = s; s *= shape[i]; }
+}
+
+typedef struct dot__walk_job { dot__walk walk; void *job; bool backward; } dot__walk_job;
+
+#define DOT__ZIP_PIECE(T, S) \
+static void dot__zip_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__walk_job *walk = (dot__walk_job *)argument; \
+    const dot__walk *w = &walk->walk; \
+    dot__zip *job = (dot__zip *)walk->job; \
+    int64_t first, last, begin, n, o[3], sa = w->stride[0][w->rank - 1], sb = w->stride[1][w->rank - 1]; \
+    dot__walk_piece(w, piece, &first, &last, &begin, &n); \
+    for (int64_t row = first; row < last; ++row) { \
+        dot__walk_offsets(w, row, o); \
+        const T *a = (T *)dot__lane(job->a, lane) + o[0] + begin * sa, *b = (T *)dot__lane(job->b, lane) + o[1] + begin * sb; \
+        T *z = (T *)dot__lane(job->z, lane) + o[2] + begin; \
+        if (walk->backward) dot__zips_##S[job->op].backward(a, sa, b, sb, z, (T *)dot__lane(job->out, lane) + o[2] + begin, n, \
+                                                            job->second); \
+        else dot__zips_##S[job->op].forward(a, sa, b, sb, z, n); \
+    } \
+}
+DOT__ZIP_PIECE(float, f32)
+DOT__ZIP_PIECE(double, f64)
+
+static void dot__run_zip(dot_context *ctx, dot__zip *job, bool backward)
+{
+    dot__walk_job walk;
+    int64_t contiguous[DOT_MAX_RANK];
+    dot__contiguous_strides(job->rank, job->shape, contiguous);
+    dot__walk_init(&walk.walk, job->rank, job->shape, job->a_stride, job->b_stride, contiguous);
+    walk.job = job;
+    walk.backward = backward;
+    dot__parallel(ctx, job->laned, walk.walk.pieces, job->dtype == DOT_F32 ? dot__zip_piece_f32 : dot__zip_piece_f64, &walk);
+}
+
+static void dot__cpu_zip(dot_context *ctx, dot__zip *job) { dot__run_zip(ctx, job, false); }
+static void dot__cpu_zip_backward(dot_context *ctx, dot__zip *job) { dot__run_zip(ctx, job, true); }
+
+#define DOT__COPY_PIECE(T, S) \
+static void dot__copy_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__walk_job *walk = (dot__walk_job *)argument; \
+    const dot__walk *w = &walk->walk; \
+    dot__copy *job = (dot__copy *)walk->job; \
+    T scale = (T)job->scale; \
+    int64_t first, last, begin, n, o[3], st = w->stride[0][w->rank - 1], sf = w->stride[1][w->rank - 1]; \
+    dot__walk_piece(w, piece, &first, &last, &begin, &n); \
+    for (int64_t row = first; row < last; ++row) { \
+        dot__walk_offsets(w, row, o); \
+        T *to = (T *)dot__lane(job->to, lane) + o[0] + begin * st; \
+        const T *from = (T *)dot__lane(job->from, lane) + o[1] + begin * sf; \
+        if (job->accumulate) for (int64_t i = 0; i < n; ++i) to[i * st] += scale * from[i * sf]; \
+        else if (st == 1 && sf == 1 && scale == (T)1) memcpy(to, from, (size_t)n * sizeof(T)); \
+        else for (int64_t i = 0; i < n; ++i) to[i * st] = scale * from[i * sf]; \
+    } \
+}
+DOT__COPY_PIECE(float, f32)
+DOT__COPY_PIECE(double, f64)
+
+static void dot__cpu_copy(dot_context *ctx, dot__copy *job)
+{
+    dot__walk_job walk;
+    dot__walk_init(&walk.walk, job->rank, job->shape, job->to_stride, job->from_stride, job->from_stride);
+    walk.job = job;
+    dot__parallel(ctx, job->laned, walk.walk.pieces, job->dtype == DOT_F32 ? dot__copy_piece_f32 : dot__copy_piece_f64, &walk);
+}
+
+/* ---- reductions: in double, in an order that the shape alone decides ----
+   The reduced elements of every output are cut into `parts` of fixed size; the second pass adds the parts up in order. */
+
+typedef struct dot__reduce_plan {
+    dot__reduce *job;
+    int kept, reduced;                          /* collapsed axes: the kept ones, and the reduced ones */
+    int64_t kept_shape[DOT_MAX_RANK], kept_stride[DOT_MAX_RANK];
+    int64_t reduced_shape[DOT_MAX_RANK], reduced_stride[DOT_MAX_RANK];
+    int64_t outputs, terms;                     /* elements of the result; summands of each */
+    int64_t width;                              /* outputs that lie side by side in memory, done together */
+    int64_t blocks;                             /* of up to DOT__WIDTH outputs within a run of `width`, all runs */
+    int64_t parts, part_terms;
+    double *partial;                            /* [lane][part][output] */
+} dot__reduce_plan;
+
+#define DOT__WIDTH 64
+
+static void dot__reduce_planning(dot__reduce_plan *plan, dot__reduce *job)
+{
+    memset(plan, 0, sizeof *plan);
+    plan->job = job;
+    int64_t stride[DOT_MAX_RANK];
+    int64_t ks[1][DOT_MAX_RANK], rs[1][DOT_MAX_RANK];
+    dot__contiguous_strides(job->rank, job->shape, stride);
+    plan->outputs = plan->terms = 1;
+    for (int i = 0; i < job->rank; ++i) {
+        bool out = (job->axes >> i & 1u) != 0;
+        int *count = out ? &plan->reduced : &plan->kept;
+        (out ? plan->reduced_shape : plan->kept_shape)[*count] = job->shape[i];
+        (out ? rs : ks)[0][*count] = stride[i];
+        *(out ? &plan->terms : &plan->outputs) *= job->shape[i];
+        ++*count;
+    }
+    plan->kept = dot__collapse(plan->kept, plan->kept_shape, ks, 1);
+    plan->reduced = dot__collapse(plan->reduced, plan->reduced_shape, rs, 1);
+    memcpy(plan->kept_stride, ks[0], sizeof ks[0]);
+    memcpy(plan->reduced_stride, rs[0], sizeof rs[0]);
+    plan->width = plan->kept_stride[plan->kept - 1] == 1 ? plan->kept_shape[plan->kept - 1] : 1;
+    plan->blocks = plan->width > 0 ? plan->outputs / plan->width * dot__ceil_div(plan->width, DOT__WIDTH) : 0;
+    int64_t work = plan->terms * dot__min(plan->outputs, 1024);
+    plan->parts = plan->outputs > 65536 ? 1 : dot__min(64, dot__max(1, work / 32768));
+    plan->part_terms = dot__max(1, dot__ceil_div(plan->terms, plan->parts));
+    plan->parts = dot__max(1, dot__ceil_div(plan->terms, plan->part_terms));
+}
+
+DOT__INLINE double dot__combine(dot__reduction op, double a, double b)
+{
+    if (op == DOT__SUM) return a + b;
+    if (a != a) return a;
+    if (op == DOT__MAX) return b > a || b != b ? b : a;
+    return b < a || b != b ? b : a;
+}
+
+/* One piece: a block of outputs side by side, and one part of their terms. */
+#define DOT__REDUCE_PIECE(T, S) \
+static void dot__reduce_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__reduce_plan *plan = (dot__reduce_plan *)argument; \
+    dot__reduction op = plan->job->op; \
+    int64_t per_run = dot__ceil_div(plan->width, DOT__WIDTH), block = piece % plan->blocks, part = piece / plan->blocks; \
+    int64_t first = block / per_run * plan->width + block % per_run * DOT__WIDTH; \
+    int64_t n = dot__min(DOT__WIDTH, plan->width - block % per_run * DOT__WIDTH); \
+    int64_t rest = first, base = 0; \
+    for (int i = plan->kept - 1; i >= 0; --i) { \
+        base += rest % plan->kept_shape[i] * plan->kept_stride[i]; \
+        rest /= plan->kept_shape[i]; \
+    } \
+    const T *x = (T *)dot__lane(plan->job->x, lane) + base; \
+    double sum[DOT__WIDTH]; \
+    for (int64_t j = 0; j < n; ++j) sum[j] = op == DOT__SUM ? 0 : op == DOT__MAX ? -(double)INFINITY : (double)INFINITY; \
+    int64_t term = part * plan->part_terms, end = dot__min(plan->terms, term + plan->part_terms); \
+    int last = plan->reduced - 1; \
+    int64_t run = plan->reduced_shape[last], step = plan->reduced_stride[last]; \
+    while (term < end) { \
+        int64_t offset = 0; \
+        rest = term; \
+        for (int i = last; i >= 0; --i) { \
+            offset += rest % plan->reduced_shape[i] * plan->reduced_stride[i]; \
+            rest /= plan->reduced_shape[i]; \
+        } \
+        int64_t terms = dot__min(end - term, run - term % run); \
+        const T *row = x + offset; \
+        if (n == 1 && op == DOT__SUM) sum[0] += dot__strided_sum_##S(row, terms, step); \
+        else for (int64_t i = 0; i < terms; ++i, row += step) { \
+            if (op == DOT__SUM) for (int64_t j = 0; j < n; ++j) sum[j] += (double)row[j]; \
+            else for (int64_t j = 0; j < n; ++j) sum[j] = dot__combine(op, sum[j], (double)row[j]); \
+        } \
+        term += terms; \
+    } \
+    memcpy(plan->partial + (lane * plan->parts + part) * plan->outputs + first, sum, (size_t)n * sizeof(double)); \
+} \
+static void dot__reduce_finish_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__reduce_plan *plan = (dot__reduce_plan *)argument; \
+    dot__reduce *job = plan->job; \
+    int64_t n, begin = dot__part(plan->outputs, piece, DOT__CHUNK, &n); \
+    T *out = (T *)dot__lane(job->out, lane) + begin; \
+    const double *partial = plan->partial + lane * plan->parts * plan->outputs + begin; \
+    for (int64_t j = 0; j < n; ++j) { \
+        double value = partial[j]; \
+        for (int64_t p = 1; p < plan->parts; ++p) value = dot__combine(job->op, value, partial[p * plan->outputs + j]); \
+        out[j] = (T)(value * job->scale + (job->accumulate ? (double)out[j] : 0.0)); \
+    } \
+}
+#define DOT__STRIDED_SUM(T, S) \
+static double dot__strided_sum_##S(const T *x, int64_t n, int64_t step) \
+{ \
+    double a = 0, b = 0, c = 0, d = 0; \
+    int64_t i = 0; \
+    for (; i + 4 <= n; i += 4, x += 4 * step) { \
+        a += (double)x[0]; b += (double)x[step]; c += (double)x[2 * step]; d += (double)x[3 * step]; \
+    } \
+    for (; i < n; ++i, x += step) a += (double)x[0]; \
+    return (a + b) + (c + d); \
+}
+DOT__STRIDED_SUM(float, f32)
+DOT__STRIDED_SUM(double, f64)
+DOT__REDUCE_PIECE(float, f32)
+DOT__REDUCE_PIECE(double, f64)
+
+static bool dot__cpu_reduce(dot_context *ctx, dot__reduce *job)
+{
+    dot__reduce_plan plan;
+    dot__reduce_planning(&plan, job);
+    if (plan.outputs == 0) return true;
+    dot__mark mark = dot__scratch_begin(ctx);
+    size_t lanes = job->laned ? (size_t)ctx->lanes : 1;
+    plan.partial = (double *)dot__step_alloc(ctx, lanes * (size_t)(plan.parts * plan.outputs) * sizeof(double));
+    if (!plan.partial) return false;
+    bool f32 = job->dtype == DOT_F32;
+    dot__parallel(ctx, job->laned, plan.blocks * plan.parts, f32 ? dot__reduce_piece_f32 : dot__reduce_piece_f64, &plan);
+    dot__parallel(ctx, job->laned, dot__ceil_div(plan.outputs, DOT__CHUNK), f32 ? dot__reduce_finish_f32 : dot__reduce_finish_f64,
+                  &plan);
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+/* ---- the matrix product: micro-kernels ----
+   A tile is DOT__ROWS x DOT__COLUMNS elements of C, kept in registers. Rows of A are pointers; B is packed into panels of
+   DOT__COLUMNS columns, [tap][k][column], padded with zeros. */
+
+#define DOT__ROWS 6
+#define DOT__COLUMNS 16
+#define DOT__DEPTH 320              /* most k's that one call of a micro-kernel runs over, so that a panel stays in L1 */
+#define DOT__TAPS 32                /* most taps of one call */
+#define DOT__ROW_BLOCK 96           /* rows whose pointers are made at a time */
+
+typedef struct dot__tile {
+    int rows, columns;              /* used of the tile */
+    int taps;
+    int64_t depth;                  /* k per tap */
+    const void *const *a;           /* [taps][DOT__ROWS] */
+    const void *b;                  /* panel */
+    int64_t b_tap;                  /* elements from one tap to the next */
+    const void *bias;               /* DOT__COLUMNS values to begin with, or NULL: zeros */
+    bool accumulate;                /* begin with C */
+    void *const *c;                 /* rows */
+} dot__tile;
+
+typedef struct dot__outer_tile {
+    int64_t count;                  /* rows summed over */
+    const void *const *a;           /* [count] rows of A, from element a_at */
+    int64_t a_at;
+    const void *const *d;           /* [count] rows of D, from element d_at */
+    int64_t d_at;
+    int rows, columns;
+    bool accumulate;
+    void *w;
+    int64_t w_row;
+} dot__outer_tile;
+
+typedef struct dot__kernels {       /* one row for each instruction set and element type */
+    const char *name;
+    void (*tile)(const dot__tile *);
+    void (*outer)(const dot__outer_tile *);
+    double (*dot)(const void *a, const void *b, int64_t n);
+} dot__kernels;
+
+#define DOT__PORTABLE_KERNELS(T, S) \
+static void dot__tile_##S(const dot__tile *t) \
+{ \
+    T sum[DOT__ROWS][DOT__COLUMNS]; \
+    for (int i = 0; i < t->rows; ++i) \
+        for (int j = 0; j < DOT__COLUMNS; ++j) sum[i][j] = t->bias ? ((const T *)t->bias)[j] : (T)0; \
+    for (int tap = 0; tap < t->taps; ++tap) { \
+        const T *b = (const T *)t->b + tap * t->b_tap; \
+        for (int64_t k = 0; k < t->depth; ++k, b += DOT__COLUMNS) \
+            for (int i = 0; i < t->rows; ++i) { \
+                T a = ((const T *)t->a[tap * DOT__ROWS + i])[k]; \
+                for (int j = 0; j < DOT__COLUMNS; ++j) sum[i][j] += a * b[j]; \
+            } \
+    } \
+    for (int i = 0; i < t->rows; ++i) { \
+        T *c = (T *)t->c[i]; \
+        for (int j = 0; j < t->columns; ++j) c[j] = t->accumulate ? c[j] + sum[i][j] : sum[i][j]; \
+    } \
+} \
+static void dot__outer_##S(const dot__outer_tile *t) \
+{ \
+    T sum[DOT__ROWS][DOT__COLUMNS]; \
+    memset(sum, 0, sizeof sum); \
+    for (int64_t p = 0; p < t->count; ++p) { \
+        const T *a = (const T *)t->a[p] + t->a_at, *d = (const T *)t->d[p] + t->d_at; \
+        for (int i = 0; i < t->rows; ++i) \
+            for (int j = 0; j < t->columns; ++j) sum[i][j] += a[i] * d[j]; \
+    } \
+    for (int i = 0; i < t->rows; ++i) { \
+        T *w = (T *)t->w + i * t->w_row; \
+        for (int j = 0; j < t->columns; ++j) w[j] = t->accumulate ? w[j] + sum[i][j] : sum[i][j]; \
+    } \
+} \
+static double dot__dot_##S(const void *a, const void *b, int64_t n) \
+{ \
+    const T *x = (const T *)a, *y = (const T *)b; \
+    T sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, rest = 0; \
+    int64_t i = 0; \
+    for (; i + 8 <= n; i += 8) \
+        for (int j = 0; j < 8; ++j) sum[j] += x[i + j] * y[i + j]; \
+    for (; i < n; ++i) rest += x[i] * y[i]; \
+    return (double)(((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7])) + rest); \
+}
+DOT__PORTABLE_KERNELS(float, f32)
+DOT__PORTABLE_KERNELS(double, f64)
+
+#ifdef DOT__AVX2
+/* Twelve accumulators, two registers of B and one of A: all sixteen registers. They have names because compilers keep
+   arrays of them in memory. */
+#define DOT__ROWS_OF_TILE(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define DOT__TILE_START(i) __m256 c##i##0 = s0, c##i##1 = s1;
+#define DOT__TILE_ROW(i)   const float *a##i = (const float *)t->a[tap * DOT__ROWS + i];
+#define DOT__TILE_STEP(i)  x = _mm256_broadcast_ss(a##i + k); \
+                           c##i##0 = _mm256_fmadd_ps(x, b0, c##i##0); c##i##1 = _mm256_fmadd_ps(x, b1, c##i##1);
+#define DOT__TILE_STORE(i) if (t->rows > i) dot__store_row_avx2(c##i##0, c##i##1, (float *)t->c[i], t->columns, t->accumulate);
+
+DOT__TARGET_AVX2 DOT__INLINE void dot__store_row_avx2(__m256 lo, __m256 hi, float *c, int columns, bool accumulate)
+{
+    if (columns == DOT__COLUMNS) {
+        if (accumulate) {
+            lo = _mm256_add_ps(lo, _mm256_loadu_ps(c));
+            hi = _mm256_add_ps(hi, _mm256_loadu_ps(c + 8));
+        }
+        _mm256_storeu_ps(c, lo);
+        _mm256_storeu_ps(c + 8, hi);
+    } else {
+        float row[DOT__COLUMNS];
+        _mm256_storeu_ps(row, lo);
+        _mm256_storeu_ps(row + 8, hi);
+        for (int j = 0; j < columns; ++j) c[j] = accumulate ? c[j] + row[j] : row[j];
+    }
+}
+
+/* Unused rows repeat the first pointer: reading them is harmless. */
+DOT__TARGET_AVX2 static void dot__tile_avx2(const dot__tile *t)
+{
+    __m256 s0 = _mm256_setzero_ps(), s1 = s0, x;
+    if (t->bias) {
+        s0 = _mm256_loadu_ps((const float *)t->bias);
+        s1 = _mm256_loadu_ps((const float *)t->bias + 8);
+    }
+    DOT__ROWS_OF_TILE(DOT__TILE_START)
+    for (int tap = 0; tap < t->taps; ++tap) {
+        const float *b = (const float *)t->b + tap * t->b_tap;
+        DOT__ROWS_OF_TILE(DOT__TILE_ROW)
+        for (int64_t k = 0; k < t->depth; ++k, b += DOT__COLUMNS) {
+            __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+            DOT__ROWS_OF_TILE(DOT__TILE_STEP)
+        }
+    }
+    DOT__ROWS_OF_TILE(DOT__TILE_STORE)
+}
+
+#define DOT__OUTER_STEP(i) x = _mm256_broadcast_ss(a + i); \
+                           c##i##0 = _mm256_fmadd_ps(x, b0, c##i##0); c##i##1 = _mm256_fmadd_ps(x, b1, c##i##1);
+#define DOT__OUTER_STORE(i) if (t->rows > i) \
+    dot__store_row_avx2(c##i##0, c##i##1, (float *)t->w + i * t->w_row, t->columns, t->accumulate);
+
+/* Reads up to DOT__ROWS and DOT__COLUMNS elements beyond what is used, which is why arrays have slack at their end. */
+DOT__TARGET_AVX2 static void dot__outer_avx2(const dot__outer_tile *t)
+{
+    __m256 s0 = _mm256_setzero_ps(), s1 = s0, x;
+    DOT__ROWS_OF_TILE(DOT__TILE_START)
+    for (int64_t p = 0; p < t->count; ++p) {
+        const float *a = (const float *)t->a[p] + t->a_at, *d = (const float *)t->d[p] + t->d_at;
+        __m256 b0 = _mm256_loadu_ps(d), b1 = _mm256_loadu_ps(d + 8);
+        DOT__ROWS_OF_TILE(DOT__OUTER_STEP)
+    }
+    DOT__ROWS_OF_TILE(DOT__OUTER_STORE)
+}
+
+DOT__TARGET_AVX2 static double dot__dot_avx2(const void *a, const void *b, int64_t n)
+{
+    const float *x = (const float *)a, *y = (const float *)b;
+    __m256 sum = _mm256_setzero_ps();
+    float rest = 0, part[8];
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), sum);
+    for (; i < n; ++i) rest += x[i] * y[i];
+    _mm256_storeu_ps(part, sum);
+    return (double)(((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7])) + rest);
+}
+#endif
+
+static const dot__kernels dot__kernels_portable[2] = {
+    { "portable", dot__tile_f32, dot__outer_f32, dot__dot_f32 },
+    { "portable", dot__tile_f64, dot__outer_f64, dot__dot_f64 },
+};
+#ifdef DOT__AVX2
+static const dot__kernels dot__kernels_avx2[2] = {
+    { "avx2", dot__tile_avx2, dot__outer_avx2, dot__dot_avx2 },
+    { "portable", dot__tile_f64, dot__outer_f64, dot__dot_f64 },
+};
+#endif
+
+/* The one place where an instruction set is chosen. */
+static const dot__kernels *dot__kernel(const dot_context *ctx, dot_dtype dtype)
+{
+#ifdef DOT__AVX2
+    if (ctx->simd && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &dot__kernels_avx2[dtype == DOT_F64];
+#endif
+    (void)ctx;
+    return &dot__kernels_portable[dtype == DOT_F64];
+}
+
+const char *dot_kernels(const dot_context *ctx)
+{
+    return ctx ? dot__kernel(ctx, ctx->dtype)->name : NULL;
+}
+
+/* ---- the matrix product: addressing ---- */
+
+static const double dot__zeros[DOT__DEPTH + DOT__COLUMNS] = { 0 };     /* the row that padding reads */
+
+static int64_t dot__positions(const dot__rows *r) { return r->axis[0].count * r->axis[1].count * r->axis[2].count; }
+static int dot__tap_count(const dot__rows *r) { return r->axis[0].taps * r->axis[1].taps * r->axis[2].taps; }
+
+typedef struct dot__position { int64_t image, at[3]; } dot__position;
+
+static dot__position dot__position_of(const dot__rows *r, int64_t row)
+{
+    dot__position p;
+    for (int i = 2; i >= 0; --i) {
+        p.at[i] = row % r->axis[i].count;
+        row /= r->axis[i].count;
+    }
+    p.image = row;
+    return p;
+}
+
+static void dot__position_next(const dot__rows *r, dot__position *p)
+{
+    for (int i = 2; i >= 0; --i) {
+        if (++p->at[i] < r->axis[i].count) return;
+        p->at[i] = 0;
+    }
+    p->image++;
+}
+
+DOT__INLINE int64_t dot__to_offset(const dot__rows *r, const dot__position *p)
+{
+    return p->image * r->to_image + r->axis[0].to[p->at[0]] + r->axis[1].to[p->at[1]] + r->axis[2].to[p->at[2]];
+}
+
+/* Calls visit for the taps [first, last) of a row: offset of the row's elements, or -1 for padding. */
+DOT__INLINE void dot__tap_offsets(const dot__rows *r, const dot__position *p, int first, int last, int64_t *offsets)
+{
+    const dot__axis *x = &r->axis[0], *y = &r->axis[1], *z = &r->axis[2];
+    const int32_t *fx = x->from + p->at[0] * x->taps, *fy = y->from + p->at[1] * y->taps, *fz = z->from + p->at[2] * z->taps;
+    int64_t image = p->image * r->from_image;
+    int tap = 0;
+    for (int i = 0; i < x->taps; ++i)
+        for (int j = 0; j < y->taps; ++j) {
+            if (tap + z->taps <= first || tap >= last) { tap += z->taps; continue; }
+            bool outside = fx[i] < 0 || fy[j] < 0;
+            int64_t base = image + fx[i] + fy[j];
+            for (int k = 0; k < z->taps; ++k, ++tap)
+                if (tap >= first && tap < last) offsets[tap - first] = outside || fz[k] < 0 ? -1 : base + fz[k];
+        }
+}
+
+/* Copies the patches of a few rows, where a tap is too short to be worth a pointer: to[row][tap][k]. */
+#define DOT__PATCHES(T, S) \
+static void dot__patch_##S(const dot__rows *r, const dot__position *p, int taps, int64_t depth, const void *from, void *patch) \
+{ \
+    const T *a = (const T *)from; \
+    T *to = (T *)patch; \
+    int64_t offsets[DOT__DEPTH]; \
+    dot__tap_offsets(r, p, 0, taps, offsets); \
+    for (int tap = 0; tap < taps; ++tap) \
+        for (int64_t k = 0; k < depth; ++k) *to++ = offsets[tap] < 0 ? (T)0 : a[offsets[tap] + k]; \
+}
+DOT__PATCHES(float, f32)
+DOT__PATCHES(double, f64)
+
+typedef struct dot__gemm_plan {
+    dot__gemm *job;
+    const dot__kernels *kernel;
+    int64_t rows, panels, row_piece, row_pieces, column_piece, column_pieces;
+    int taps;                       /* as the micro-kernel sees them */
+    int64_t depth;                  /* per tap */
+    bool patches;                   /* taps are short: rows are copied, and make one long tap */
+    bool narrow;                    /* few columns: dot products instead of tiles */
+    int groups_of_taps, depth_parts, taps_a_group;
+    int64_t depth_part;
+    char *packed, *bias;            /* [lane][batch][panel][tap][k][column]; [lane][batch][panel][column] */
+    size_t packed_lane, bias_lane;  /* bytes */
+} dot__gemm_plan;
+
+#define DOT__NARROW 4               /* most columns of the dot-product form */
+
+/* Element offset of a tap within B. */
+static int64_t dot__tap_weight(const dot__rows *r, int tap)
+{
+    int k = tap % r->axis[2].taps, j = tap / r->axis[2].taps % r->axis[1].taps, i = tap / r->axis[2].taps / r->axis[1].taps;
+    return (int64_t)r->axis[0].tap[i] + r->axis[1].tap[j] + r->axis[2].tap[k];
+}
+
+#define DOT__PACK(T, S) \
+static void dot__pack_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__gemm_plan *plan = (dot__gemm_plan *)argument; \
+    dot__gemm *job = plan->job; \
+    int64_t batch = piece / plan->panels, panel = piece % plan->panels, depth = job->depth; \
+    int taps = dot__tap_count(&job->rows), n = (int)dot__min(DOT__COLUMNS, job->columns - panel * DOT__COLUMNS); \
+    T *to = (T *)(void *)(plan->packed + (size_t)lane * plan->packed_lane) + piece * taps * depth * DOT__COLUMNS; \
+    const T *from = (T *)dot__lane(job->b, lane) + batch * job->b_batch + panel * DOT__COLUMNS * job->b_column; \
+    for (int tap = 0; tap < taps; ++tap) { \
+        const T *b = from + dot__tap_weight(&job->rows, tap); \
+        if (plan->narrow) {             /* [column][tap][k] */ \
+            for (int j = 0; j < n; ++j) \
+                for (int64_t k = 0; k < depth; ++k) to[(j * taps + tap) * depth + k] = b[k * job->b_row + j * job->b_column]; \
+            continue; \
+        } \
+        if (job->b_column == 1 && n == DOT__COLUMNS) \
+            for (int64_t k = 0; k < depth; ++k, to += DOT__COLUMNS) memcpy(to, b + k * job->b_row, DOT__COLUMNS * sizeof(T)); \
+        else \
+            for (int64_t k = 0; k < depth; ++k, to += DOT__COLUMNS) \
+                for (int j = 0; j < DOT__COLUMNS; ++j) to[j] = j < n ? b[k * job->b_row + j * job->b_column] : (T)0; \
+    } \
+    if (job->bias.data) { \
+        T *bias = (T *)(void *)(plan->bias + (size_t)lane * plan->bias_lane) + piece * DOT__COLUMNS; \
+        const T *source = (T *)dot__lane(job->bias, lane) + batch * job->columns + panel * DOT__COLUMNS; \
+        for (int j = 0; j < DOT__COLUMNS; ++j) bias[j] = j < n ? source[j] : (T)0; \
+    } \
+}
+DOT__PACK(float, f32)
+DOT__PACK(double, f64)
+
+static void dot__gemm_planning(dot_context *ctx, dot__gemm_plan *plan, dot__gemm *job)
+{
+    memset(plan, 0, sizeof *plan);
+    plan->job = job;
+    plan->kernel = dot__kernel(ctx, job->dtype);
+    plan->rows = job->rows.images * dot__positions(&job->rows);
+    plan->panels = dot__ceil_div(job->columns, DOT__COLUMNS);
+    plan->taps = dot__tap_count(&job->rows);
+    plan->depth = job->depth;
+    plan->patches = plan->taps > 1 && plan->depth < 8 && plan->taps * plan->depth <= DOT__DEPTH;
+    plan->narrow = job->columns <= DOT__NARROW && plan->depth >= 8;
+    if (plan->patches) { plan->depth *= plan->taps; plan->taps = 1; }
+    /* Blocks of about DOT__DEPTH k's: whole taps together, or one tap in parts; always at least one, for the bias. */
+    plan->taps_a_group = (int)dot__max(1, dot__min(DOT__TAPS, DOT__DEPTH / dot__max(1, plan->depth)));
+    plan->groups_of_taps = (int)dot__max(1, dot__ceil_div(plan->taps, plan->taps_a_group));
+    plan->taps_a_group = (int)dot__ceil_div(plan->taps, plan->groups_of_taps);
+    plan->depth_parts = (int)dot__max(1, dot__ceil_div(plan->depth, DOT__DEPTH));
+    plan->depth_part = dot__round_up(dot__ceil_div(plan->depth, plan->depth_parts), 8);
+    /* Pieces of about a million multiplications, and at least a dozen of them if the shape allows. */
+    int64_t k = dot__max(1, plan->taps * plan->depth), width = dot__min(plan->panels, 8);
+    plan->row_piece = dot__max(48, ((int64_t)1 << 20) / (k * width * DOT__COLUMNS));
+    plan->row_piece = dot__round_up(dot__min(plan->row_piece, 4096), DOT__ROWS);
+    plan->row_pieces = dot__ceil_div(plan->rows, plan->row_piece);
+    plan->row_piece = dot__round_up(dot__ceil_div(plan->rows, dot__max(1, plan->row_pieces)), DOT__ROWS);
+    while (width > 1 && plan->row_pieces * dot__ceil_div(plan->panels, width) * job->batch < 12) width = (width + 1) / 2;
+    plan->column_piece = width;
+    plan->column_pieces = dot__ceil_div(plan->panels, width);
+}
+
+/* The pointers of a block of rows: a[tap][tile][row of the tile], and c[tile][row]. Rows beyond the end repeat the first. */
+typedef struct dot__row_block {
+    const void *a[DOT__TAPS * DOT__ROW_BLOCK];
+    void *c[DOT__ROW_BLOCK];
+} dot__row_block;
+
+/* One block of rows and of k's, all panels of the piece: panel by panel, so that a panel stays in L1. */
+static void dot__gemm_block(const dot__gemm_plan *plan, dot__row_block *block, int64_t rows, int taps, int64_t depth, const char *panel0,
+                            size_t panel_bytes, int64_t panels, int64_t first_panel, const char *bias, bool accumulate)
+{
+    size_t element = dot_dtype_size(plan->job->dtype);
+    dot__tile tile;
+    tile.taps = taps;
+    tile.depth = depth;
+    tile.b_tap = plan->depth * DOT__COLUMNS;
+    tile.accumulate = accumulate;
+    for (int64_t j = 0; j < panels; ++j) {
+        int64_t column = (first_panel + j) * DOT__COLUMNS;
+        tile.columns = (int)dot__min(DOT__COLUMNS, plan->job->columns - column);
+        tile.b = panel0 + (size_t)j * panel_bytes;
+        tile.bias = bias ? bias + (size_t)j * DOT__COLUMNS * element : NULL;
+        for (int64_t i = 0; i < rows; i += DOT__ROWS) {
+            void *c[DOT__ROWS];
+            tile.rows = (int)dot__min(DOT__ROWS, rows - i);
+            for (int r = 0; r < tile.rows; ++r) c[r] = (char *)block->c[i + r] + (size_t)column * element;
+            tile.c = c;
+            tile.a = block->a + i * taps;
+            plan->kernel->tile(&tile);
+        }
+    }
+}
+
+/* Fills in block->a for the taps [first, first + taps) and the k's from k0. */
+static void dot__gemm_pointers(const dot__gemm_plan *plan, dot__row_block *block, const char *a, dot__position at, int64_t rows,
+                               int first, int taps, int64_t k0)
+{
+    size_t element = dot_dtype_size(plan->job->dtype);
+    int64_t offsets[DOT__TAPS];
+    for (int64_t i = 0; i < rows; ++i) {
+        const void **tile = block->a + (i - i % DOT__ROWS) * taps + i % DOT__ROWS;
+        dot__tap_offsets(&plan->job->rows, &at, first, first + taps, offsets);
+        for (int tap = 0; tap < taps; ++tap)
+            tile[tap * DOT__ROWS] = offsets[tap] < 0 ? (const void *)dot__zeros
+                                                     : (const void *)(a + (size_t)(offsets[tap] + k0) * element);
+        dot__position_next(&plan->job->rows, &at);
+    }
+    for (int64_t i = rows; i % DOT__ROWS != 0; ++i)
+        for (int tap = 0; tap < taps; ++tap) {
+            const void **tile = block->a + (i - i % DOT__ROWS) * taps;
+            tile[tap * DOT__ROWS + i % DOT__ROWS] = tile[tap * DOT__ROWS];
+        }
+}
+
+static void dot__activate(dot_dtype dtype, dot_activation activation, void *c, int64_t n)
+{
+    static const dot__unary op[] = { DOT__UNARIES, DOT__RELU, DOT__SIGMOID, DOT__TANH_ };
+    if (activation == DOT_NONE) return;
+    if (dtype == DOT_F32) dot__maps_f32[op[activation]].forward((float *)c, (float *)c, n, 0, 0);
+    else dot__maps_f64[op[activation]].forward((double *)c, (double *)c, n, 0, 0);
+}
+
+#define DOT__NARROW_PIECE(T, S) \
+static void dot__narrow_row_##S(const dot__gemm_plan *plan, const dot__position *at, const void *from, const void *weight, \
+                                const void *start, void *to) \
+{ \
+    const T *a = (const T *)from, *b = (const T *)weight, *bias = (const T *)start; \
+    T *c = (T *)to, sum[DOT__NARROW]; \
+    int64_t offsets[DOT__TAPS]; \
+    int n = (int)plan->job->columns; \
+    for (int j = 0; j < n; ++j) sum[j] = bias ? bias[j] : (T)0; \
+    for (int first = 0; first < plan->taps; first += DOT__TAPS) { \
+        int taps = (int)dot__min(DOT__TAPS, plan->taps - first); \
+        dot__tap_offsets(&plan->job->rows, at, first, first + taps, offsets); \
+        for (int tap = 0; tap < taps; ++tap) \
+            for (int j = 0; j < n && offsets[tap] >= 0; ++j) \
+                sum[j] += (T)plan->kernel->dot(a + offsets[tap], b + (j * plan->taps + first + tap) * plan->depth, plan->depth); \
+    } \
+    for (int j = 0; j < n; ++j) c[j] = plan->job->accumulate ? c[j] + sum[j] : sum[j]; \
+}
+DOT__NARROW_PIECE(float, f32)
+DOT__NARROW_PIECE(double, f64)
+
+/* A piece: some rows and some panels of one product of the batch. */
+static void dot__gemm_piece(void *argument, int lane, int64_t piece)
+{
+    const dot__gemm_plan *plan = (const dot__gemm_plan *)argument;
+    const dot__gemm *job = plan->job;
+    size_t element = dot_dtype_size(job->dtype);
+    int64_t column = piece % plan->column_pieces, row = piece / plan->column_pieces % plan->row_pieces;
+    int64_t batch = piece / plan->column_pieces / plan->row_pieces;
+    int64_t first_panel = column * plan->column_piece, panels = dot__min(plan->column_piece, plan->panels - first_panel);
+    int64_t first = row * plan->row_piece, last = dot__min(plan->rows, first + plan->row_piece);
+    int64_t columns = dot__min(panels * DOT__COLUMNS, job->columns - first_panel * DOT__COLUMNS);
+    int64_t panel_elements = plan->taps * plan->depth * DOT__COLUMNS, panel0 = batch * plan->panels + first_panel;
+    const char *a = (const char *)dot__lane(job->a, lane) + (size_t)(batch * job->a_batch) * element;
+    char *c = (char *)dot__lane(job->c, lane) + (size_t)(batch * job->c_batch) * element;
+    const char *b = plan->packed + (size_t)lane * plan->packed_lane + (size_t)(panel0 * panel_elements) * element;
+    const char *bias = job->bias.data ? plan->bias + (size_t)lane * plan->bias_lane + (size_t)panel0 * DOT__COLUMNS * element : NULL;
+    dot__row_block block;
+    double patches[DOT__ROWS * 4 * DOT__DEPTH];
+    int64_t step = plan->patches ? DOT__ROWS * 4 : DOT__ROW_BLOCK;
+    dot__position at = dot__position_of(&job->rows, first);
+    for (int64_t r = first; r < last; r += step) {
+        int64_t rows = dot__min(step, last - r);
+        dot__position start = at;
+        for (int64_t i = 0; i < rows; ++i) {
+            block.c[i] = c + (size_t)dot__to_offset(&job->rows, &at) * element;
+            if (plan->narrow)
+                DOT__CALL(job->dtype, dot__narrow_row, (plan, &at, a, b, bias, block.c[i]));
+            if (plan->patches) {
+                char *patch = (char *)patches + (size_t)(i * plan->depth) * element;
+                DOT__CALL(job->dtype, dot__patch, (&job->rows, &at, dot__tap_count(&job->rows), job->depth, a, patch));
+                block.a[i] = patch;
+            }
+            dot__position_next(&job->rows, &at);
+        }
+        for (int64_t i = rows; plan->patches && i % DOT__ROWS != 0; ++i) block.a[i] = block.a[i - i % DOT__ROWS];
+        for (int group = 0; group < plan->groups_of_taps && !plan->narrow; ++group) {
+            int tap = group * plan->taps_a_group, taps = (int)dot__min(plan->taps_a_group, plan->taps - tap);
+            for (int part = 0; part < plan->depth_parts; ++part) {
+                int64_t k = part * plan->depth_part, depth = dot__min(plan->depth_part, plan->depth - k);
+                bool initial = group == 0 && part == 0;
+                if (!plan->patches) dot__gemm_pointers(plan, &block, a, start, rows, tap, taps, k);
+                dot__gemm_block(plan, &block, rows, taps, depth, b + (size_t)((tap * plan->depth + k) * DOT__COLUMNS) * element,
+                                (size_t)panel_elements * element, panels, first_panel, initial ? bias : NULL,
+                                job->accumulate || !initial);
+            }
+        }
+        for (int64_t i = 0; i < rows && job->activation != DOT_NONE; ++i)
+            dot__activate(job->dtype, job->activation, (char *)block.c[i] + (size_t)first_panel * DOT__COLUMNS * element, columns);
+    }
+}
+
+static bool dot__cpu_gemm(dot_context *ctx, dot__gemm *job)
+{
+    dot__gemm_plan plan;
+    dot__gemm_planning(ctx, &plan, job);
+    if (plan.rows == 0 || job->columns == 0 || job->batch == 0) return true;
+    size_t element = dot_dtype_size(job->dtype), panels = (size_t)(plan.panels * job->batch);
+    int64_t lanes = job->laned ? ctx->lanes : 1;
+    dot__mark mark = dot__scratch_begin(ctx);
+    plan.packed_lane = panels * (size_t)(plan.taps * plan.depth) * DOT__COLUMNS * element;
+    plan.bias_lane = panels * DOT__COLUMNS * element;
+    plan.packed = (char *)dot__step_alloc(ctx, plan.packed_lane * (size_t)lanes);
+    plan.bias = (char *)dot__step_alloc(ctx, plan.bias_lane * (size_t)lanes);
+    if (!plan.packed || !plan.bias) return false;
+    dot__parallel(ctx, job->laned, (int64_t)panels, job->dtype == DOT_F32 ? dot__pack_piece_f32 : dot__pack_piece_f64, &plan);
+    dot__parallel(ctx, job->laned, job->batch * plan.row_pieces * plan.column_pieces, dot__gemm_piece, &plan);
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+/* ---- the gradient of the weight: outer products summed over the rows ---- */
+
+typedef struct dot__outer_plan {
+    dot__outer *job;
+    const dot__kernels *kernel;
+    int64_t rows, taps, depth;
+    bool patches;                   /* as in the matrix product */
+    int64_t parts, part_rows;       /* the rows are summed in this many parts, each into its own copy of W, added up in order */
+    int64_t k_piece, k_pieces, column_piece, column_pieces, tap_pieces;
+    size_t elements;                /* of W, all batches */
+    char *partial;                  /* [lane][part][W], or NULL */
+} dot__outer_plan;
+
+#define DOT__OUTER_ROWS 192         /* rows whose pointers are made at a time */
+
+/* The rows of one block that a tap reaches: padding contributes nothing and is left out. */
+static int64_t dot__outer_pointers(const dot__outer_plan *plan, dot__position at, int64_t rows, int tap, const char *a, const char *d,
+                                   const void **as, const void **ds)
+{
+    const dot__outer *job = plan->job;
+    size_t element = dot_dtype_size(job->dtype);
+    int64_t count = 0, offset = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+        dot__tap_offsets(&job->rows, &at, tap, tap + 1, &offset);
+        if (offset >= 0) {
+            as[count] = a + (size_t)offset * element;
+            ds[count++] = d + (size_t)dot__to_offset(&job->rows, &at) * element;
+        }
+        dot__position_next(&job->rows, &at);
+    }
+    return count;
+}
+
+static void dot__outer_tiles(const dot__outer_plan *plan, dot__outer_tile *tile, char *w, int64_t k0, int64_t k1, int64_t column0,
+                             int64_t column1)
+{
+    size_t element = dot_dtype_size(plan->job->dtype);
+    for (int64_t k = k0; k < k1; k += DOT__ROWS)
+        for (int64_t j = column0; j < column1; j += DOT__COLUMNS) {
+            tile->a_at = k;
+            tile->d_at = j;
+            tile->rows = (int)dot__min(DOT__ROWS, k1 - k);
+            tile->columns = (int)dot__min(DOT__COLUMNS, column1 - j);
+            tile->w = w + (size_t)(k * plan->job->w_row + j) * element;
+            plan->kernel->outer(tile);
+        }
+}
+
+static void dot__outer_piece(void *argument, int lane, int64_t piece)
+{
+    const dot__outer_plan *plan = (const dot__outer_plan *)argument;
+    const dot__outer *job = plan->job;
+    size_t element = dot_dtype_size(job->dtype);
+    int64_t column = piece % plan->column_pieces * plan->column_piece;
+    piece /= plan->column_pieces;
+    int64_t k0 = piece % plan->k_pieces * plan->k_piece;
+    piece /= plan->k_pieces;
+    int tap0 = (int)(piece % plan->tap_pieces), tap1 = plan->tap_pieces == 1 ? (int)plan->taps : tap0 + 1;
+    piece /= plan->tap_pieces;
+    int64_t part = piece % plan->parts, batch = piece / plan->parts;
+    int64_t column1 = dot__min(job->columns, column + plan->column_piece), k1 = dot__min(plan->depth, k0 + plan->k_piece);
+    const char *a = (const char *)dot__lane(job->a, lane) + (size_t)(batch * job->a_batch) * element;
+    const char *d = (const char *)dot__lane(job->d, lane) + (size_t)(batch * job->d_batch) * element;
+    char *w = plan->partial ? plan->partial + ((size_t)lane * (size_t)plan->parts + (size_t)part) * plan->elements * element
+                            : (char *)dot__lane(job->w, lane);
+    w += (size_t)(batch * job->w_batch) * element;
+    const void *as[DOT__OUTER_ROWS], *ds[DOT__OUTER_ROWS];
+    double patches[DOT__OUTER_ROWS * 64 + DOT__COLUMNS];
+    dot__outer_tile tile;
+    tile.a = as;
+    tile.d = ds;
+    tile.w_row = job->w_row;
+    int64_t first = part * plan->part_rows, last = dot__min(plan->rows, first + plan->part_rows);
+    for (int64_t r = first; r < last || r == first; r += DOT__OUTER_ROWS) {
+        int64_t rows = dot__max(0, dot__min(DOT__OUTER_ROWS, last - r));
+        dot__position at = dot__position_of(&job->rows, r);
+        tile.accumulate = r > first || (job->accumulate && !plan->partial);
+        if (plan->patches) {
+            for (int64_t i = 0; i < rows; ++i) {
+                char *patch = (char *)patches + (size_t)(i * plan->depth) * element;
+                DOT__CALL(job->dtype, dot__patch, (&job->rows, &at, dot__tap_count(&job->rows), job->depth, a, patch));
+                as[i] = patch;
+                ds[i] = d + (size_t)dot__to_offset(&job->rows, &at) * element;
+                dot__position_next(&job->rows, &at);
+            }
+            tile.count = rows;
+            dot__outer_tiles(plan, &tile, w, k0, k1, column, column1);
+        } else
+            for (int tap = tap0; tap < tap1; ++tap) {
+                tile.count = dot__outer_pointers(plan, at, rows, tap, a, d, as, ds);
+                dot__outer_tiles(plan, &tile, w + (size_t)dot__tap_weight(&job->rows, tap) * element, k0, k1, column, column1);
+            }
+    }
+}
+
+#define DOT__OUTER_SUM(T, S) \
+static void dot__outer_sum_##S(void *argument, int lane, int64_t piece) \
+{ \
+    const dot__outer_plan *plan = (const dot__outer_plan *)argument; \
+    int64_t n, begin = dot__part((int64_t)plan->elements, piece, DOT__CHUNK, &n); \
+    const T *from = (const T *)(void *)plan->partial + (size_t)lane * (size_t)plan->parts * plan->elements + begin; \
+    T *w = (T *)dot__lane(plan->job->w, lane) + begin; \
+    for (int64_t i = 0; i < n; ++i) { \
+        T sum = from[i]; \
+        for (int64_t p = 1; p < plan->parts; ++p) sum += from[(size_t)p * plan->elements + (size_t)i]; \
+        w[i] = plan->job->accumulate ? w[i] + sum : sum; \
+    } \
+}
+DOT__OUTER_SUM(float, f32)
+DOT__OUTER_SUM(double, f64)
+
+static void dot__outer_planning(dot_context *ctx, dot__outer_plan *plan, dot__outer *job)
+{
+    memset(plan, 0, sizeof *plan);
+    plan->job = job;
+    plan->kernel = dot__kernel(ctx, job->dtype);
+    plan->rows = job->rows.images * dot__positions(&job->rows);
+    plan->taps = dot__tap_count(&job->rows);
+    plan->depth = job->depth;
+    plan->elements = (size_t)(plan->taps * job->depth * job->columns * job->batch);
+    /* Patches need the taps one behind the other in W, which holds when there is one group. */
+    plan->patches = plan->taps > 1 && plan->depth < 8 && plan->taps * plan->depth <= 64 && job->batch == 1;
+    if (plan->patches) { plan->depth *= plan->taps; plan->taps = 1; }
+    bool split_rows = plan->rows >= 1024 && plan->elements <= 65536;
+    plan->parts = split_rows ? 8 : 1;
+    plan->part_rows = dot__ceil_div(plan->rows, plan->parts);
+    plan->tap_pieces = split_rows ? 1 : plan->taps;
+    plan->k_piece = split_rows ? plan->depth : 48;
+    plan->column_piece = split_rows ? job->columns : 128;
+    plan->k_pieces = dot__ceil_div(plan->depth, dot__max(1, plan->k_piece));
+    plan->column_pieces = dot__ceil_div(job->columns, dot__max(1, plan->column_piece));
+}
+
+static bool dot__cpu_outer(dot_context *ctx, dot__outer *job)
+{
+    dot__outer_plan plan;
+    dot__outer_planning(ctx, &plan, job);
+    if (plan.elements == 0) return true;
+    dot__mark mark = dot__scratch_begin(ctx);
+    if (plan.parts > 1) {
+        size_t lanes = job->laned ? (size_t)ctx->lanes : 1;
+        plan.partial = (char *)dot__step_alloc(ctx, lanes * (size_t)plan.parts * plan.elements * dot_dtype_size(job->dtype));
+        if (!plan.partial) return false;
+    }
+    dot__parallel(ctx, job->laned, job->batch * plan.parts * plan.tap_pieces * plan.k_pieces * plan.column_pieces, dot__outer_piece,
+                  &plan);
+    if (plan.partial)
+        dot__parallel(ctx, job->laned, dot__ceil_div((int64_t)plan.elements, DOT__CHUNK),
+                      job->dtype == DOT_F32 ? dot__outer_sum_f32 : dot__outer_sum_f64, &plan);
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+/* ---- softmax ---- */
+
+#define DOT__SOFTMAX_PIECES(T, S, EXP_F) \
+static void dot__softmax_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__softmax *job = (dot__softmax *)argument; \
+    int64_t rows, row = dot__part(job->outer * job->inner, piece, 64, &rows); \
+    for (rows += row; row < rows; ++row) { \
+        int64_t at = row / job->inner * job->n * job->inner + row % job->inner, step = job->inner; \
+        const T *x = (T *)dot__lane(job->x, lane) + at; \
+        T *y = (T *)dot__lane(job->y, lane) + at, top = x[0]; \
+        double sum = 0; \
+        for (int64_t i = 1; i < job->n; ++i) if (x[i * step] > top || x[i * step] != x[i * step]) top = x[i * step]; \
+        for (int64_t i = 0; i < job->n; ++i) { T e = EXP_F(x[i * step] - top); y[i * step] = e; sum += (double)e; } \
+        T log_sum = (T)log(sum), scale = (T)(1 / sum); \
+        if (job->logarithm) for (int64_t i = 0; i < job->n; ++i) y[i * step] = x[i * step] - top - log_sum; \
+        else for (int64_t i = 0; i < job->n; ++i) y[i * step] *= scale; \
+    } \
+} \
+static void dot__softmax_back_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__softmax *job = (dot__softmax *)argument; \
+    int64_t rows, row = dot__part(job->outer * job->inner, piece, 64, &rows); \
+    for (rows += row; row < rows; ++row) { \
+        int64_t at = row / job->inner * job->n * job->inner + row % job->inner, step = job->inner; \
+        const T *y = (T *)dot__lane(job->y, lane) + at, *dy = (T *)dot__lane(job->dy, lane) + at; \
+        T *dx = (T *)dot__lane(job->dx, lane) + at; \
+        double sum = 0; \
+        for (int64_t i = 0; i < job->n * step; i += step) \
+            sum += job->logarithm ? (double)dy[i] : (double)dy[i] * (double)y[i]; \
+        for (int64_t i = 0; i < job->n * step; i += step) { \
+            T d = job->logarithm ? dy[i] - EXP_F(y[i]) * (T)sum : y[i] * (dy[i] - (T)sum); \
+            dx[i] = job->accumulate ? dx[i] + d : d; \
+        } \
+    } \
+}
+DOT__SOFTMAX_PIECES(float, f32, expf)
+DOT__SOFTMAX_PIECES(double, f64, exp)
+
+static void dot__cpu_softmax(dot_context *ctx, dot__softmax *job)
+{
+    dot__parallel(ctx, job->laned, job->n ? dot__ceil_div(job->outer * job->inner, 64) : 0,
+                  job->dtype == DOT_F32 ? dot__softmax_piece_f32 : dot__softmax_piece_f64, job);
+}
+
+static void dot__cpu_softmax_backward(dot_context *ctx, dot__softmax *job)
+{
+    dot__parallel(ctx, job->laned, job->n ? dot__ceil_div(job->outer * job->inner, 64) : 0,
+                  job->dtype == DOT_F32 ? dot__softmax_back_piece_f32 : dot__softmax_back_piece_f64, job);
+}
+
+/* ---- normalisation: [sets][positions][groups][channels] ----
+   A piece is one set and a few groups side by side, so that batch normalisation (one set, one channel a group) reads whole
+   cache lines and layer normalisation (one group) whole rows. */
+
+#define DOT__NORM_GROUPS 16
+
+DOT__INLINE int64_t dot__norm_pieces(const dot__norm *job) { return job->sets * dot__ceil_div(job->groups, DOT__NORM_GROUPS); }
+
+/* Statistics in two passes over the data, in double. */
+#define DOT__NORM_PIECES(T, S) \
+static void dot__norm_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__norm *job = (dot__norm *)argument; \
+    int64_t groups, blocks = dot__ceil_div(job->groups, DOT__NORM_GROUPS), set = piece / blocks, channels = job->channels; \
+    int64_t g0 = dot__part(job->groups, piece % blocks, DOT__NORM_GROUPS, &groups), row = job->groups * channels; \
+    int64_t base = set * job->positions * row + g0 * channels; \
+    const T *x = (T *)dot__lane(job->x, lane) + base; \
+    T *y = (T *)dot__lane(job->y, lane) + base; \
+    double *mean = (double *)dot__lane(job->mean, lane) + set * job->groups + g0; \
+    double *rstd = (double *)dot__lane(job->rstd, lane) + set * job->groups + g0; \
+    double sum[DOT__NORM_GROUPS], count = (double)(job->positions * channels); \
+    if (job->fixed) { \
+        for (int64_t g = 0; g < groups; ++g) { \
+            mean[g] = (double)((T *)dot__lane(job->running_mean, lane))[g0 + g]; \
+            rstd[g] = 1 / sqrt((double)((T *)dot__lane(job->running_var, lane))[g0 + g] + job->eps); \
+        } \
+    } else { \
+        for (int64_t g = 0; g < groups; ++g) sum[g] = 0; \
+        for (int64_t p = 0; p < job->positions; ++p) \
+            for (int64_t g = 0; g < groups; ++g) \
+                for (int64_t c = 0; c < channels; ++c) sum[g] += (double)x[p * row + g * channels + c]; \
+        for (int64_t g = 0; g < groups; ++g) { mean[g] = sum[g] / count; sum[g] = 0; } \
+        for (int64_t p = 0; p < job->positions; ++p) \
+            for (int64_t g = 0; g < groups; ++g) \
+                for (int64_t c = 0; c < channels; ++c) { \
+                    double d = (double)x[p * row + g * channels + c] - mean[g]; \
+                    sum[g] += d * d; \
+                } \
+        for (int64_t g = 0; g < groups; ++g) { \
+            rstd[g] = 1 / sqrt(sum[g] / count + job->eps); \
+            if (!job->tracked) continue; \
+            T *m = (T *)dot__lane(job->running_mean, lane) + g0 + g, *v = (T *)dot__lane(job->running_var, lane) + g0 + g; \
+            *m = (T)((1 - job->momentum) * (double)*m + job->momentum * mean[g]); \
+            *v = (T)((1 - job->momentum) * (double)*v + job->momentum * sum[g] / (count - 1)); \
+        } \
+    } \
+    const T *weight = job->weighted ? (T *)dot__lane(job->weight, lane) + g0 * channels : NULL; \
+    const T *bias = job->biased ? (T *)dot__lane(job->bias, lane) + g0 * channels : NULL; \
+    for (int64_t p = 0; p < job->positions; ++p) \
+        for (int64_t g = 0; g < groups; ++g) \
+            for (int64_t c = 0; c < channels; ++c) { \
+                int64_t i = g * channels + c; \
+                double v = ((double)x[p * row + i] - mean[g]) * rstd[g]; \
+                y[p * row + i] = (T)(v * (weight ? (double)weight[i] : 1.0) + (bias ? (double)bias[i] : 0.0)); \
+            } \
+} \
+/* With h = (x - mean) rstd and e = dy weight:  dx = rstd (e - mean(e) - h mean(e h)). */ \
+static void dot__norm_back_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__norm *job = (dot__norm *)argument; \
+    int64_t groups, blocks = dot__ceil_div(job->groups, DOT__NORM_GROUPS), set = piece / blocks, channels = job->channels; \
+    int64_t g0 = dot__part(job->groups, piece % blocks, DOT__NORM_GROUPS, &groups), row = job->groups * channels; \
+    int64_t base = set * job->positions * row + g0 * channels; \
+    const T *x = (T *)dot__lane(job->x, lane) + base, *dy = (T *)dot__lane(job->dy, lane) + base; \
+    T *dx = (T *)dot__lane(job->dx, lane) + base; \
+    const T *weight = job->weighted ? (T *)dot__lane(job->weight, lane) + g0 * channels : NULL; \
+    const double *mean = (double *)dot__lane(job->mean, lane) + set * job->groups + g0; \
+    const double *rstd = (double *)dot__lane(job->rstd, lane) + set * job->groups + g0; \
+    double e_sum[DOT__NORM_GROUPS], eh_sum[DOT__NORM_GROUPS], count = (double)(job->positions * channels); \
+    for (int64_t g = 0; g < groups; ++g) e_sum[g] = eh_sum[g] = 0; \
+    for (int64_t p = 0; p < job->positions; ++p) \
+        for (int64_t g = 0; g < groups; ++g) \
+            for (int64_t c = 0; c < channels; ++c) { \
+                int64_t i = g * channels + c; \
+                double e = (double)dy[p * row + i] * (weight ? (double)weight[i] : 1.0); \
+                e_sum[g] += e; \
+                eh_sum[g] += e * ((double)x[p * row + i] - mean[g]) * rstd[g]; \
+            } \
+    for (int64_t p = 0; p < job->positions; ++p) \
+        for (int64_t g = 0; g < groups; ++g) \
+            for (int64_t c = 0; c < channels; ++c) { \
+                int64_t i = g * channels + c; \
+                double e = (double)dy[p * row + i] * (weight ? (double)weight[i] : 1.0); \
+                double h = ((double)x[p * row + i] - mean[g]) * rstd[g]; \
+                T d = (T)(rstd[g] * (job->fixed ? e : e - e_sum[g] / count - h * eh_sum[g] / count)); \
+                dx[p * row + i] = job->accumulate ? dx[p * row + i] + d : d; \
+            } \
+} \
+/* dweight = sum dy h, dbias = sum dy, over some rows (set, position) and for 64 channels; partial is [part][2][row]. */ \
+static void dot__norm_affine_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__norm *job = (dot__norm *)argument; \
+    int64_t row = job->groups * job->channels, rows = job->sets * job->positions, n, blocks = dot__ceil_div(row, DOT__WIDTH); \
+    int64_t c0 = dot__part(row, piece % blocks, DOT__WIDTH, &n), part = piece / blocks; \
+    int64_t per = dot__ceil_div(rows, DOT__NORM_PARTS), end = dot__min(rows, (part + 1) * per); \
+    const T *x = (T *)dot__lane(job->x, lane) + c0, *dy = (T *)dot__lane(job->dy, lane) + c0; \
+    const double *mean = (double *)dot__lane(job->mean, lane), *rstd = (double *)dot__lane(job->rstd, lane); \
+    double *to = (double *)dot__lane(job->partial, lane) + part * 2 * row + c0; \
+    for (int64_t c = 0; c < n; ++c) to[c] = to[row + c] = 0; \
+    for (int64_t r = part * per; r < end; ++r) \
+        for (int64_t c = 0; c < n; ++c) { \
+            int64_t s = r / job->positions * job->groups + (c0 + c) / job->channels; \
+            double d = (double)dy[r * row + c]; \
+            to[c] += d * ((double)x[r * row + c] - mean[s]) * rstd[s]; \
+            to[row + c] += d; \
+        } \
+} \
+static void dot__norm_affine_sum_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__norm *job = (dot__norm *)argument; \
+    int64_t row = job->groups * job->channels; \
+    const double *from = (double *)dot__lane(job->partial, lane) + piece * row; \
+    T *to = (T *)dot__lane(piece == 0 ? job->dweight : job->dbias, lane); \
+    bool add = piece == 0 ? job->add_weight : job->add_bias; \
+    for (int64_t c = 0; c < row && to; ++c) { \
+        double sum = add ? (double)to[c] : 0; \
+        for (int64_t p = 0; p < DOT__NORM_PARTS; ++p) sum += from[p * 2 * row + c]; \
+        to[c] = (T)sum; \
+    } \
+}
+#define DOT__NORM_PARTS 8
+DOT__NORM_PIECES(float, f32)
+DOT__NORM_PIECES(double, f64)
+
+static void dot__cpu_norm(dot_context *ctx, dot__norm *job)
+{
+    dot__parallel(ctx, job->laned, dot__norm_pieces(job), job->dtype == DOT_F32 ? dot__norm_piece_f32 : dot__norm_piece_f64, job);
+}
+
+static bool dot__cpu_norm_backward(dot_context *ctx, dot__norm *job)
+{
+    bool f32 = job->dtype == DOT_F32;
+    if (job->dx.data)
+        dot__parallel(ctx, job->laned, dot__norm_pieces(job), f32 ? dot__norm_back_piece_f32 : dot__norm_back_piece_f64, job);
+    if (!job->dweight.data && !job->dbias.data) return true;
+    int64_t row = job->groups * job->channels;
+    dot__mark mark = dot__scratch_begin(ctx);
+    size_t bytes = (size_t)(DOT__NORM_PARTS * 2 * row) * sizeof(double);
+    job->partial.data = (char *)dot__step_alloc(ctx, bytes * (job->laned ? (size_t)ctx->lanes : 1));
+    job->partial.lane = (int64_t)bytes;
+    if (!job->partial.data) return false;
+    dot__parallel(ctx, job->laned, DOT__NORM_PARTS * dot__ceil_div(row, DOT__WIDTH),
+                  f32 ? dot__norm_affine_piece_f32 : dot__norm_affine_piece_f64, job);
+    dot__parallel(ctx, job->laned, 2, f32 ? dot__norm_affine_sum_f32 : dot__norm_affine_sum_f64, job);
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+/* ---- pooling: the windows come from the same kind of table as a convolution's ----
+   Backward runs over images, one a piece, because windows overlap. The maximum is found again rather than kept. */
+
+#define DOT__POOL_WINDOW(job, position, body) \
+    do { \
+        const dot__axis *X = &(job)->axis[0], *Y = &(job)->axis[1], *Z = &(job)->axis[2]; \
+        for (int wi = 0; wi < X->taps; ++wi) for (int wj = 0; wj < Y->taps; ++wj) for (int wk = 0; wk < Z->taps; ++wk) { \
+            int64_t fx = X->from[(position)->at[0] * X->taps + wi], fy = Y->from[(position)->at[1] * Y->taps + wj]; \
+            int64_t fz = Z->from[(position)->at[2] * Z->taps + wk]; \
+            if (fx < 0 || fy < 0 || fz < 0) continue; \
+            int64_t in = fx + fy + fz; \
+            body \
+        } \
+    } while (0)
+
+static double dot__pool_weight(const dot__pool_job *job, const dot__position *at)
+{
+    double count = 0;
+    if (job->count_padding)
+        return 1.0 / ((double)job->axis[0].to[at->at[0]] * (double)job->axis[1].to[at->at[1]] * (double)job->axis[2].to[at->at[2]]);
+    DOT__POOL_WINDOW(job, at, (void)in; count += 1;);
+    return 1.0 / count;
+}
+
+#define DOT__POOL_PIECES(T, S) \
+static void dot__pool_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__pool_job *job = (dot__pool_job *)argument; \
+    dot__rows rows; \
+    memset(&rows, 0, sizeof rows); \
+    memcpy(rows.axis, job->axis, sizeof rows.axis); \
+    int64_t positions = dot__positions(&rows), n = job->channels; \
+    const T *x = (T *)dot__lane(job->x, lane) + piece * job->in * n; \
+    T *y = (T *)dot__lane(job->y, lane) + piece * positions * n; \
+    dot__position at = dot__position_of(&rows, 0); \
+    for (int64_t p = 0; p < positions; ++p, y += n, dot__position_next(&rows, &at)) { \
+        for (int64_t c = 0; c < n; ++c) y[c] = job->maximum ? -(T)INFINITY : (T)0; \
+        if (job->maximum) \
+            DOT__POOL_WINDOW(job, &at, for (int64_t c = 0; c < n; ++c) { T v = x[in * n + c]; if (v > y[c] || v != v) y[c] = v; }); \
+        else { \
+            T weight = (T)dot__pool_weight(job, &at); \
+            DOT__POOL_WINDOW(job, &at, for (int64_t c = 0; c < n; ++c) y[c] += x[in * n + c];); \
+            for (int64_t c = 0; c < n; ++c) y[c] *= weight; \
+        } \
+    } \
+} \
+static void dot__pool_back_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__pool_job *job = (dot__pool_job *)argument; \
+    dot__rows rows; \
+    memset(&rows, 0, sizeof rows); \
+    memcpy(rows.axis, job->axis, sizeof rows.axis); \
+    int64_t positions = dot__positions(&rows), n = job->channels; \
+    const T *x = (T *)dot__lane(job->x, lane) + piece * job->in * n; \
+    const T *dy = (T *)dot__lane(job->dy, lane) + piece * positions * n; \
+    T *dx = (T *)dot__lane(job->dx, lane) + piece * job->in * n; \
+    if (!job->accumulate) memset(dx, 0, (size_t)(job->in * n) * sizeof(T)); \
+    dot__position at = dot__position_of(&rows, 0); \
+    for (int64_t p = 0; p < positions; ++p, dy += n, dot__position_next(&rows, &at)) { \
+        if (!job->maximum) { \
+            T weight = (T)dot__pool_weight(job, &at); \
+            DOT__POOL_WINDOW(job, &at, for (int64_t c = 0; c < n; ++c) dx[in * n + c] += dy[c] * weight;); \
+            continue; \
+        } \
+        for (int64_t c = 0; c < n; ++c) { \
+            int64_t best = -1; \
+            DOT__POOL_WINDOW(job, &at, { \
+                T v = x[in * n + c]; \
+                if (best < 0 || v > x[best * n + c] || v != v) best = in; \
+            }); \
+            if (best >= 0) dx[best * n + c] += dy[c]; \
+        } \
+    } \
+}
+DOT__POOL_PIECES(float, f32)
+DOT__POOL_PIECES(double, f64)
+
+static void dot__cpu_pool(dot_context *ctx, dot__pool_job *job)
+{
+    dot__parallel(ctx, job->laned, job->images, job->dtype == DOT_F32 ? dot__pool_piece_f32 : dot__pool_piece_f64, job);
+}
+
+static void dot__cpu_pool_backward(dot_context *ctx, dot__pool_job *job)
+{
+    dot__parallel(ctx, job->laned, job->images, job->dtype == DOT_F32 ? dot__pool_back_piece_f32 : dot__pool_back_piece_f64, job);
+}
+
+/* ---- rows by index; backward goes through the indices in order, 64 columns a piece ---- */
+
+#define DOT__GATHER_PIECES(T, S) \
+static void dot__gather_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__gather *job = (dot__gather *)argument; \
+    int64_t n, i = dot__part(job->count, piece, 64, &n), width = job->width; \
+    const int64_t *index = (const int64_t *)dot__lane(job->index, lane); \
+    const T *w = (T *)dot__lane(job->w, lane); \
+    T *y = (T *)dot__lane(job->y, lane); \
+    for (n += i; i < n; ++i) memcpy(y + i * width, w + index[i] * width, (size_t)width * sizeof(T)); \
+} \
+static void dot__gather_back_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__gather *job = (dot__gather *)argument; \
+    int64_t n, c0 = dot__part(job->width, piece, 64, &n), width = job->width; \
+    const int64_t *index = (const int64_t *)dot__lane(job->index, lane); \
+    const T *dy = (T *)dot__lane(job->dy, lane) + c0; \
+    T *dw = (T *)dot__lane(job->dw, lane) + c0; \
+    for (int64_t r = 0; r < job->rows && !job->accumulate; ++r) memset(dw + r * width, 0, (size_t)n * sizeof(T)); \
+    for (int64_t i = 0; i < job->count; ++i) \
+        for (int64_t c = 0; c < n; ++c) dw[index[i] * width + c] += dy[i * width + c]; \
+}
+DOT__GATHER_PIECES(float, f32)
+DOT__GATHER_PIECES(double, f64)
+
+static void dot__cpu_gather(dot_context *ctx, dot__gather *job)
+{
+    dot__parallel(ctx, job->laned, dot__ceil_div(job->count, 64), job->dtype == DOT_F32 ? dot__gather_piece_f32 : dot__gather_piece_f64,
+                  job);
+}
+
+static void dot__cpu_gather_backward(dot_context *ctx, dot__gather *job)
+{
+    dot__parallel(ctx, job->laned, dot__ceil_div(job->width, 64),
+                  job->dtype == DOT_F32 ? dot__gather_back_piece_f32 : dot__gather_back_piece_f64, job);
+}
+
+/* ---- dropout: the mask is not kept but drawn again ---- */
+
+#define DOT__DROPOUT_PIECE(T, S) \
+static void dot__dropout_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__dropout_job *job = (dot__dropout_job *)argument; \
+    int64_t n, begin = dot__part(job->n, piece, DOT__PIECE, &n); \
+    const T *x = (T *)dot__lane(job->x, lane) + begin; \
+    T *y = (T *)dot__lane(job->y, lane) + begin, scale = (T)job->scale; \
+    uint32_t draw[4]; \
+    for (int64_t i = 0; i < n; ++i) { \
+        if (i % 4 == 0) dot__random_words(job->seeds[lane], job->stream, (uint64_t)(begin + i) / 4, draw); \
+        T v = draw[i % 4] >= job->threshold ? x[i] * scale : (T)0; \
+        y[i] = job->accumulate ? y[i] + v : v; \
+    } \
+}
+DOT__DROPOUT_PIECE(float, f32)
+DOT__DROPOUT_PIECE(double, f64)
+
+static void dot__cpu_dropout(dot_context *ctx, dot__dropout_job *job)
+{
+    dot__parallel(ctx, job->laned, dot__ceil_div(job->n, DOT__PIECE),
+                  job->dtype == DOT_F32 ? dot__dropout_piece_f32 : dot__dropout_piece_f64, job);
+}
+
+/* ---- losses: partial sums of fixed chunks, added up in order ---- */
+
+typedef struct dot__loss_plan { void *job; int64_t parts; double *partial; } dot__loss_plan;
+
+/* The last part of every loss: value = scale * (sum of the partial sums). */
+static void dot__loss_total(const dot__loss_plan *plan, int lane, dot_dtype dtype, void *value, double scale)
+{
+    double sum = 0;
+    for (int64_t p = 0; p < plan->parts; ++p) sum += plan->partial[lane * plan->parts + p];
+    dot__store(value, dtype, 0, sum * scale);
+}
+
+#define DOT__LOSS_PIECES(T, S) \
+static void dot__loss_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__loss_plan *plan = (dot__loss_plan *)argument; \
+    dot__loss_job *job = (dot__loss_job *)plan->job; \
+    int64_t n, i = dot__part(job->n, piece, DOT__CHUNK, &n); \
+    plan->partial[lane * plan->parts + piece] = \
+        dot__losses_##S[job->op].forward((T *)dot__lane(job->x, lane) + i, (T *)dot__lane(job->t, lane) + i, n, (T)job->p); \
+} \
+static void dot__loss_back_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__loss_job *job = (dot__loss_job *)argument; \
+    int64_t n, i = dot__part(job->n, piece, DOT__PIECE, &n); \
+    T scale = (T)((double)*(T *)dot__lane(job->value, lane) / (double)job->n); \
+    dot__losses_##S[job->op].backward((T *)dot__lane(job->x, lane) + i, (T *)dot__lane(job->t, lane) + i, \
+        (T *)dot__lane(job->out, lane) + i, n, (T)job->p, scale, job->wrt_target, job->accumulate); \
+} \
+static double dot__entropy_row_##S(const T *x, int64_t n, double *top) \
+{ \
+    double sum = 0; \
+    *top = (double)x[0]; \
+    for (int64_t c = 1; c < n; ++c) if ((double)x[c] > *top || x[c] != x[c]) *top = (double)x[c]; \
+    for (int64_t c = 0; c < n; ++c) sum += exp((double)x[c] - *top); \
+    return sum; \
+} \
+static void dot__entropy_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__loss_plan *plan = (dot__loss_plan *)argument; \
+    dot__entropy *job = (dot__entropy *)plan->job; \
+    int64_t rows, row = dot__part(job->rows, piece, 64, &rows), n = job->classes; \
+    const int64_t *labels = (const int64_t *)dot__lane(job->labels, lane); \
+    double total = 0, top; \
+    for (rows += row; row < rows; ++row) { \
+        const T *x = (T *)dot__lane(job->x, lane) + row * n; \
+        double norm = log(dot__entropy_row_##S(x, n, &top)) + top, sum = 0; \
+        for (int64_t c = 0; c < n; ++c) sum += norm - (double)x[c]; \
+        total += (1 - job->smoothing) * (norm - (double)x[labels[row]]) + (job->smoothing > 0 ? job->smoothing * sum / (double)n : 0); \
+    } \
+    plan->partial[lane * plan->parts + piece] = total; \
+} \
+static void dot__entropy_back_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__entropy *job = (dot__entropy *)argument; \
+    int64_t rows, row = dot__part(job->rows, piece, 64, &rows), n = job->classes; \
+    const int64_t *labels = (const int64_t *)dot__lane(job->labels, lane); \
+    double scale = (double)*(T *)dot__lane(job->value, lane) / (double)job->rows, top; \
+    for (rows += row; row < rows; ++row) { \
+        const T *x = (T *)dot__lane(job->x, lane) + row * n; \
+        T *dx = (T *)dot__lane(job->dx, lane) + row * n; \
+        double sum = dot__entropy_row_##S(x, n, &top); \
+        for (int64_t c = 0; c < n; ++c) { \
+            double q = (c == labels[row] ? 1 - job->smoothing : 0) + job->smoothing / (double)n; \
+            T d = (T)(scale * (exp((double)x[c] - top) / sum - q)); \
+            dx[c] = job->accumulate ? dx[c] + d : d; \
+        } \
+    } \
+}
+DOT__LOSS_PIECES(float, f32)
+DOT__LOSS_PIECES(double, f64)
+
+static void dot__loss_finish(void *argument, int lane, int64_t piece)
+{
+    dot__loss_plan *plan = (dot__loss_plan *)argument;
+    dot__loss_job *job = (dot__loss_job *)plan->job;
+    (void)piece;
+    dot__loss_total(plan, lane, job->dtype, dot__lane(job->value, lane), 1.0 / (double)job->n);
+}
+
+static void dot__entropy_finish(void *argument, int lane, int64_t piece)
+{
+    dot__loss_plan *plan = (dot__loss_plan *)argument;
+    dot__entropy *job = (dot__entropy *)plan->job;
+    (void)piece;
+    dot__loss_total(plan, lane, job->dtype, dot__lane(job->value, lane), 1.0 / (double)job->rows);
+}
+
+static bool dot__run_loss(dot_context *ctx, bool laned, void *job, int64_t parts, dot__work piece, dot__work finish)
+{
+    dot__loss_plan plan;
+    dot__mark mark = dot__scratch_begin(ctx);
+    plan.job = job;
+    plan.parts = parts;
+    plan.partial = (double *)dot__step_alloc(ctx, (size_t)parts * sizeof(double) * (laned ? (size_t)ctx->lanes : 1));
+    if (!plan.partial) return false;
+    dot__parallel(ctx, laned, parts, piece, &plan);
+    dot__parallel(ctx, laned, 1, finish, &plan);
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+static bool dot__cpu_loss(dot_context *ctx, dot__loss_job *job)
+{
+    return dot__run_loss(ctx, job->laned, job, dot__ceil_div(job->n, DOT__CHUNK),
+                         job->dtype == DOT_F32 ? dot__loss_piece_f32 : dot__loss_piece_f64, dot__loss_finish);
+}
+
+static void dot__cpu_loss_backward(dot_context *ctx, dot__loss_job *job)
+{
+    dot__parallel(ctx, job->laned, dot__ceil_div(job->n, DOT__PIECE),
+                  job->dtype == DOT_F32 ? dot__loss_back_piece_f32 : dot__loss_back_piece_f64, job);
+}
+
+static bool dot__cpu_entropy(dot_context *ctx, dot__entropy *job)
+{
+    return dot__run_loss(ctx, job->laned, job, dot__ceil_div(job->rows, 64),
+                         job->dtype == DOT_F32 ? dot__entropy_piece_f32 : dot__entropy_piece_f64, dot__entropy_finish);
+}
+
+static void dot__cpu_entropy_backward(dot_context *ctx, dot__entropy *job)
+{
+    dot__parallel(ctx, job->laned, dot__ceil_div(job->rows, 64),
+                  job->dtype == DOT_F32 ? dot__entropy_back_piece_f32 : dot__entropy_back_piece_f64, job);
+}
+
+static const dot__backend dot__cpu = {
+    "cpu", dot__cpu_fill, dot__cpu_map, dot__cpu_map_backward, dot__cpu_zip, dot__cpu_zip_backward, dot__cpu_copy, dot__cpu_reduce,
+    dot__cpu_gemm, dot__cpu_outer, dot__cpu_softmax, dot__cpu_softmax_backward, dot__cpu_norm, dot__cpu_norm_backward,
+    dot__cpu_pool, dot__cpu_pool_backward, dot__cpu_gather, dot__cpu_gather_backward, dot__cpu_dropout,
+    dot__cpu_loss, dot__cpu_loss_backward, dot__cpu_entropy, dot__cpu_entropy_backward,
+};
+
+static const dot__backend *dot__cpu_backend(bool simd)
+{
+    (void)simd;                         /* the kernels of the matrix product are chosen call by call */
+    return &dot__cpu;
+}
+
+/* ==== [6 ops] ====================================================================================== */
+
+/* ---- the tape ---- */
+
+/* A recorded operation. Its own data follow: every node struct begins with a dot__node. */
+struct dot__node {
+    dot__node *previous;
+    bool (*backward)(dot_context *ctx, dot__node *node);    /* false: an error was set */
+    dot_tensor *out;
+    dot_tensor *in[3];                                      /* NULL where an operation has fewer */
+};
+
+/* Checks what every operation asks of its arguments; returns the context, or NULL (silently for a NULL argument). */
+static dot_context *dot__enter(const char *function, const dot_tensor *a, const dot_tensor *b)
+{
+    if (!a || !b || !dot_ok(a->ctx)) return NULL;
+    if (a->ctx != b->ctx) {
+        dot__fail(a->ctx, DOT_ERROR_STATE, "%s: tensors of different contexts", function);
+        return NULL;
+    }
+    for (int i = 0; i < 2; ++i) {
+        const dot_tensor *t = i ? b : a;
+        if (t->persistent || t->step_id == t->ctx->step_id) continue;
+        dot__fail(a->ctx, DOT_ERROR_STATE, "%s: tensor %s is of an earlier step; its memory has been taken back", function, DOT__SHAPE(t));
+        return NULL;
+    }
+    if (!dot__is_float(a->dtype) || a->dtype != b->dtype) {
+        dot__fail(a->ctx, DOT_ERROR_DTYPE, "%s: tensors of type %s and %s, expected one float type", function,
+                  dot__dtype_name(a->dtype), dot__dtype_name(b->dtype));
+        return NULL;
+    }
+    return a->ctx;
+}
+
+DOT__INLINE bool dot__wants_grad(const dot_tensor *t) { return t && t->requires_grad; }
+
+/* Appends a node of `bytes` bytes to the tape if a gradient is wanted; sets *node to it or to NULL. False: no memory. */
+static bool dot__record(dot_context *ctx, size_t bytes, bool (*backward)(dot_context *, dot__node *), dot_tensor *out,
+                        dot_tensor *a, dot_tensor *b, dot_tensor *c, void *node_out)
+{
+    dot__node **node = (dot__node **)node_out;
+    *node = NULL;
+    if (!ctx->training || !(dot__wants_grad(a) || dot__wants_grad(b) || dot__wants_grad(c))) return true;
+    *node = (dot__node *)dot__step_alloc(ctx, bytes);
+    if (!*node) return false;
+    memset(*node, 0, bytes);
+    (*node)->backward = backward;
+    (*node)->out = out;
+    (*node)->in[0] = a;
+    (*node)->in[1] = b;
+    (*node)->in[2] = c;
+    (*node)->previous = ctx->tape;
+    ctx->tape = *node;
+    out->node = *node;
+    out->requires_grad = true;
+    return true;
+}
+
+/* Where the gradient of `t` goes; *accumulate: there is one already, to be added to. NULL: no memory. */
+static dot_tensor *dot__grad_target(dot_tensor *t, bool *accumulate)
+{
+    if (!t->grad)
+        t->grad = t->persistent ? dot__persistent_tensor(t->ctx, t->dtype, t->rank, t->shape, t->size) : dot__step_like(t, true);
+    if (!t->grad) return NULL;
+    *accumulate = dot__has_grad(t);
+    t->has_grad = true;
+    t->grad_pass = t->ctx->pass;
+    return t->grad;
+}
+
+bool dot_backward(dot_tensor *loss)
+{
+    if (!loss || !dot_ok(loss->ctx)) return false;
+    dot_context *ctx = loss->ctx;
+    if (!ctx->training) {
+        dot__fail(ctx, DOT_ERROR_STATE, "dot_backward: in evaluation nothing is recorded; call dot_step_begin first");
+        return false;
+    }
+    if (loss->size != 1) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "dot_backward: tensor %s, expected one element", DOT__SHAPE(loss));
+        return false;
+    }
+    if (!loss->node || loss->step_id != ctx->step_id) {
+        dot__fail(ctx, DOT_ERROR_STATE, "dot_backward: the tensor depends on nothing that needs a gradient in this step");
+        return false;
+    }
+    ctx->pass++;
+    bool accumulate;
+    dot_tensor *seed = dot__grad_target(loss, &accumulate);
+    if (!seed) return false;
+    ctx->backend->fill(ctx, seed->dtype, true, dot__array_of(seed), 1, 1.0);
+    for (dot__node *node = loss->node; node; node = node->previous)
+        if (dot__has_grad(node->out) && !node->backward(ctx, node)) return false;
+    return true;
+}
+
+/* ---- elementwise, one argument ---- */
+
+typedef struct dot__map_node { dot__node node; dot__unary op; double p, q; } dot__map_node;
+
+static void dot__map_job(dot__map *job, dot__unary op, double p, double q, const dot_tensor *x, const dot_tensor *y)
+{
+    memset(job, 0, sizeof *job);
+    job->dtype = y->dtype;
+    job->laned = dot__laned(y);
+    job->op = op;
+    job->p = p;
+    job->q = q;
+    job->n = y->size;
+    job->x = dot__array_of(x);
+    job->y = dot__array_of(y);
+}
+
+static bool dot__map_backward(dot_context *ctx, dot__node *base)
+{
+    dot__map_node *node = (dot__map_node *)base;
+    dot__map job;
+    bool accumulate;
+    dot_tensor *dx = dot__grad_target(base->in[0], &accumulate);
+    if (!dx) return false;
+    dot__map_job(&job, node->op, node->p, node->q, base->in[0], base->out);
+    job.accumulate = accumulate;
+    job.dy = dot__array_of(base->out->grad);
+    job.dx = dot__array_of(dx);
+    ctx->backend->map_backward(ctx, &job);
+    return true;
+}
+
+static dot_tensor *dot__map_op(const char *function, dot__unary op, dot_tensor *x, double p, double q)
+{
+    dot_context *ctx = dot__enter(function, x, x);
+    dot_tensor *y = ctx ? dot__step_like(x, dot__laned(x)) : NULL;
+    dot__map_node *node;
+    dot__map job;
+    if (!y || !dot__record(ctx, sizeof *node, dot__map_backward, y, x, NULL, NULL, &node)) return NULL;
+    if (node) { node->op = op; node->p = p; node->q = q; }
+    dot__map_job(&job, op, p, q, x, y);
+    ctx->backend->map(ctx, &job);
+    return y;
+}
+
+static bool dot__finite(double x) { return x - x == 0; }
+
+/* Refuses a parameter that is not finite or below its least value. */
+static dot_tensor *dot__map_checked(const char *function, dot__unary op, dot_tensor *x, const char *name, double p, double q)
+{
+    if (x && dot_ok(x->ctx) && !(dot__finite(p) && dot__finite(q))) {
+        dot__fail(x->ctx, DOT_ERROR_ARGUMENT, "%s: %s %g, expected a finite number", function, name, dot__finite(p) ? q : p);
+        return NULL;
+    }
+    return dot__map_op(function, op, x, p, q);
+}
+
+dot_tensor *dot_neg(dot_tensor *x)       { return dot__map_op("dot_neg", DOT__NEG, x, 0, 0); }
+dot_tensor *dot_abs(dot_tensor *x)       { return dot__map_op("dot_abs", DOT__ABS, x, 0, 0); }
+dot_tensor *dot_exp(dot_tensor *x)       { return dot__map_op("dot_exp", DOT__EXP_, x, 0, 0); }
+dot_tensor *dot_log(dot_tensor *x)       { return dot__map_op("dot_log", DOT__LOG_, x, 0, 0); }
+dot_tensor *dot_sqrt(dot_tensor *x)      { return dot__map_op("dot_sqrt", DOT__SQRT_, x, 0, 0); }
+dot_tensor *dot_square(dot_tensor *x)    { return dot__map_op("dot_square", DOT__SQUARE, x, 0, 0); }
+dot_tensor *dot_relu(dot_tensor *x)      { return dot__map_op("dot_relu", DOT__RELU, x, 0, 0); }
+dot_tensor *dot_gelu(dot_tensor *x)      { return dot__map_op("dot_gelu", DOT__GELU, x, 0, 0); }
+dot_tensor *dot_gelu_tanh(dot_tensor *x) { return dot__map_op("dot_gelu_tanh", DOT__GELU_TANH, x, 0, 0); }
+dot_tensor *dot_silu(dot_tensor *x)      { return dot__map_op("dot_silu", DOT__SILU, x, 0, 0); }
+dot_tensor *dot_sigmoid(dot_tensor *x)   { return dot__map_op("dot_sigmoid", DOT__SIGMOID, x, 0, 0); }
+dot_tensor *dot_tanh(dot_tensor *x)      { return dot__map_op("dot_tanh", DOT__TANH_, x, 0, 0); }
+
+dot_tensor *dot_add_scalar(dot_tensor *x, double c) { return dot__map_checked("dot_add_scalar", DOT__ADD_SCALAR, x, "c", c, 0); }
+dot_tensor *dot_mul_scalar(dot_tensor *x, double c) { return dot__map_checked("dot_mul_scalar", DOT__MUL_SCALAR, x, "c", c, 0); }
+dot_tensor *dot_pow_scalar(dot_tensor *x, double c) { return dot__map_checked("dot_pow_scalar", DOT__POW_SCALAR, x, "c", c, 0); }
+
+dot_tensor *dot_leaky_relu(dot_tensor *x, double slope)
+{
+    return dot__map_checked("dot_leaky_relu", DOT__LEAKY_RELU, x, "slope", slope, 0);
+}
+
+dot_tensor *dot_softplus(dot_tensor *x, double beta, double threshold)
+{
+    if (x && dot_ok(x->ctx) && !(beta > 0)) {
+        dot__fail(x->ctx, DOT_ERROR_ARGUMENT, "dot_softplus: beta %g, expected a positive number", beta);
+        return NULL;
+    }
+    return dot__map_checked("dot_softplus", DOT__SOFTPLUS, x, "beta or threshold", beta, threshold);
+}
+
+/* ---- reductions ---- */
+
+typedef struct dot__reduce_node { dot__node node; dot__reduction op; unsigned axes; double scale; } dot__reduce_node;
+
+static bool dot__sum_into(dot_context *ctx, const dot_tensor *x, dot__reduction op, unsigned axes, double scale, const dot_tensor *out,
+                          bool accumulate)
+{
+    dot__reduce job;
+    memset(&job, 0, sizeof job);
+    job.dtype = x->dtype;
+    job.laned = dot__laned(out);
+    job.accumulate = accumulate;
+    job.op = op;
+    job.scale = scale;
+    job.rank = x->rank;
+    memcpy(job.shape, x->shape, sizeof job.shape);
+    job.axes = axes;
+    job.x = dot__array_of(x);
+    job.out = dot__array_of(out);
+    return ctx->backend->reduce(ctx, &job);
+}
+
+/* Strides that read a tensor of `shape` with the axes in `axes` missing (or of size 1) as if it were whole. */
+static void dot__broadcast_strides(int rank, const int64_t *shape, unsigned axes, int64_t *stride)
+{
+    int64_t s = 1;
+    for (int i = rank - 1; i >= 0; --i) {
+        bool missing = (axes >> i & 1u) != 0;
+        stride[i] = missing ? 0 : s;
+        if (!missing) s *= shape[i];
+    }
+}
+
+static void dot__run_copy(dot_context *ctx, const dot_tensor *like, const int64_t *to_stride, dot__array to, const int64_t *from_stride,
+                          dot__array from, double scale, bool accumulate)
+{
+    dot__copy job;
+    memset(&job, 0, sizeof job);
+    job.dtype = like->dtype;
+    job.laned = true;
+    job.accumulate = accumulate;
+    job.scale = scale;
+    job.rank = like->rank;
+    memcpy(job.shape, like->shape, sizeof job.shape);
+    memcpy(job.to_stride, to_stride, sizeof job.to_stride);
+    memcpy(job.from_stride, from_stride, sizeof job.from_stride);
+    job.to = to;
+    job.from = from;
+    ctx->backend->copy(ctx, &job);
+}
+
+static void dot__zip_job(dot__zip *job, dot__binary op, const dot_tensor *like, dot__array a, const int64_t *a_stride, dot__array b,
+                         const int64_t *b_stride, dot__array z)
+{
+    memset(job, 0, sizeof *job);
+    job->dtype = like->dtype;
+    job->laned = dot__laned(like);
+    job->op = op;
+    job->rank = like->rank;
+    memcpy(job->shape, like->shape, sizeof job->shape);
+    memcpy(job->a_stride, a_stride, sizeof job->a_stride);
+    memcpy(job->b_stride, b_stride, sizeof job->b_stride);
+    job->a = a;
+    job->b = b;
+    job->z = z;
+}
+
+/* max, min: dx = dy / (number of ties) where x equals the result. */
+static bool dot__extremum_backward(dot_context *ctx, dot__reduce_node *node, const dot_tensor *dx, bool accumulate)
+{
+    dot_tensor *x = node->node.in[0], *y = node->node.out;
+    int64_t whole[DOT_MAX_RANK] = { 0 }, reduced[DOT_MAX_RANK] = { 0 };
+    dot__zip zip;
+    dot__contiguous_strides(x->rank, x->shape, whole);
+    dot__broadcast_strides(x->rank, x->shape, node->axes, reduced);
+    dot__mark mark = dot__scratch_begin(ctx);
+    dot_tensor *equal = dot__step_like(x, true), *share = dot__step_like(y, true);
+    if (!equal || !share) return false;
+    dot__zip_job(&zip, DOT__EQUAL, equal, dot__array_of(x), whole, dot__array_of(y), reduced, dot__array_of(equal));
+    ctx->backend->zip(ctx, &zip);
+    if (!dot__sum_into(ctx, equal, DOT__SUM, node->axes, 1.0, share, false)) return false;
+    int64_t flat[DOT_MAX_RANK] = { 0 };
+    dot__contiguous_strides(y->rank, y->shape, flat);
+    dot__zip_job(&zip, DOT__DIV, y, dot__array_of(y->grad), flat, dot__array_of(share), flat, dot__array_of(share));
+    ctx->backend->zip(ctx, &zip);
+    dot__zip_job(&zip, DOT__MUL, equal, dot__array_of(equal), whole, dot__array_of(share), reduced, dot__array_of(equal));
+    ctx->backend->zip(ctx, &zip);
+    dot__run_copy(ctx, x, whole, dot__array_of(dx), whole, dot__array_of(equal), 1.0, accumulate);
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+static bool dot__reduce_backward(dot_context *ctx, dot__node *base)
+{
+    dot__reduce_node *node = (dot__reduce_node *)base;
+    dot_tensor *x = base->in[0];
+    bool accumulate;
+    int64_t whole[DOT_MAX_RANK] = { 0 }, reduced[DOT_MAX_RANK] = { 0 };
+    dot_tensor *dx = dot__grad_target(x, &accumulate);
+    if (!dx) return false;
+    if (node->op != DOT__SUM) return dot__extremum_backward(ctx, node, dx, accumulate);
+    dot__contiguous_strides(x->rank, x->shape, whole);
+    dot__broadcast_strides(x->rank, x->shape, node->axes, reduced);
+    dot__run_copy(ctx, x, whole, dot__array_of(dx), reduced, dot__array_of(base->out->grad), node->scale, accumulate);
+    return true;
+}
+
+static dot_tensor *dot__reduce_op(const char *function, dot__reduction op, bool mean, dot_tensor *x, unsigned axes, bool keep)
+{
+    dot_context *ctx = dot__enter(function, x, x);
+    if (!ctx) return NULL;
+    unsigned all = x->rank ? 0xffu >> (DOT_MAX_RANK - x->rank) : 0;
+    if (axes == DOT_ALL_AXES) axes = all;
+    if (axes & ~all) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: axes 0x%x of a tensor %s", function, axes, DOT__SHAPE(x));
+        return NULL;
+    }
+    int64_t shape[DOT_MAX_RANK], terms = 1;
+    int rank = 0;
+    for (int i = 0; i < x->rank; ++i) {
+        bool out = (axes >> i & 1u) != 0;
+        if (out) terms *= x->shape[i];
+        if (!out || keep) shape[rank++] = out ? 1 : x->shape[i];
+    }
+    if (terms == 0 && (mean || op != DOT__SUM)) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "%s: nothing to reduce in a tensor %s", function, DOT__SHAPE(x));
+        return NULL;
+    }
+    dot_tensor *y = dot__step_tensor(ctx, x->dtype, rank, shape, dot__laned(x));
+    dot__reduce_node *node;
+    if (!y || !dot__record(ctx, sizeof *node, dot__reduce_backward, y, x, NULL, NULL, &node)) return NULL;
+    double scale = mean ? 1.0 / (double)terms : 1.0;
+    if (node) { node->op = op; node->axes = axes; node->scale = scale; }
+    return dot__sum_into(ctx, x, op, axes, scale, y, false) ? y : NULL;
+}
+
+dot_tensor *dot_sum(dot_tensor *x, unsigned axes, bool keep)  { return dot__reduce_op("dot_sum", DOT__SUM, false, x, axes, keep); }
+dot_tensor *dot_mean(dot_tensor *x, unsigned axes, bool keep) { return dot__reduce_op("dot_mean", DOT__SUM, true, x, axes, keep); }
+dot_tensor *dot_max(dot_tensor *x, unsigned axes, bool keep)  { return dot__reduce_op("dot_max", DOT__MAX, false, x, axes, keep); }
+dot_tensor *dot_min(dot_tensor *x, unsigned axes, bool keep)  { return dot__reduce_op("dot_min", DOT__MIN, false, x, axes, keep); }
+
+/* ---- elementwise, two arguments, with broadcasting ---- */
+
+typedef struct dot__zip_node {
+    dot__node node;
+    dot__binary op;
+    int64_t stride[2][DOT_MAX_RANK];
+    unsigned missing[2];            /* axes of the result along which an argument was broadcast */
+} dot__zip_node;
+
+static bool dot__zip_backward_one(dot_context *ctx, dot__zip_node *node, int which)
+{
+    dot_tensor *a = node->node.in[0], *b = node->node.in[1], *z = node->node.out, *x = node->node.in[which];
+    if (!dot__wants_grad(x)) return true;
+    bool accumulate;
+    dot__zip job;
+    dot_tensor *dx = dot__grad_target(x, &accumulate);
+    if (!dx) return false;
+    dot__zip_job(&job, node->op, z, dot__array_of(a), node->stride[0], dot__array_of(b), node->stride[1], dot__array_of(z->grad));
+    job.second = which == 1;
+    if (!node->missing[which] && !accumulate) {
+        job.out = dot__array_of(dx);
+        ctx->backend->zip_backward(ctx, &job);
+        return true;
+    }
+    dot__mark mark = dot__scratch_begin(ctx);
+    dot_tensor *whole = dot__step_like(z, true);
+    if (!whole) return false;
+    job.out = dot__array_of(whole);
+    ctx->backend->zip_backward(ctx, &job);
+    if (!dot__sum_into(ctx, whole, DOT__SUM, node->missing[which], 1.0, dx, accumulate)) return false;
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+static bool dot__zip_backward(dot_context *ctx, dot__node *base)
+{
+    dot__zip_node *node = (dot__zip_node *)base;
+    return dot__zip_backward_one(ctx, node, 0) && dot__zip_backward_one(ctx, node, 1);
+}
+
+static dot_tensor *dot__zip_op(const char *function, dot__binary op, dot_tensor *a, dot_tensor *b)
+{
+    dot_context *ctx = dot__enter(function, a, b);
+    if (!ctx) return NULL;
+    int rank = a->rank > b->rank ? a->rank : b->rank;
+    int64_t shape[DOT_MAX_RANK];
+    int64_t stride[2][DOT_MAX_RANK] = { { 0 }, { 0 } };
+    unsigned missing[2] = { 0, 0 };
+    for (int i = 0; i < rank; ++i) {
+        int64_t size[2];
+        for (int which = 0; which < 2; ++which) {
+            const dot_tensor *t = which ? b : a;
+            int at = i - (rank - t->rank);
+            size[which] = at < 0 ? 1 : t->shape[at];
+        }
+        if (size[0] != size[1] && size[0] != 1 && size[1] != 1) {
+            dot__fail(ctx, DOT_ERROR_SHAPE, "%s: shapes %s and %s do not broadcast", function, DOT__SHAPE(a), DOT__SHAPE(b));
+            return NULL;
+        }
+        shape[i] = size[0] == 1 ? size[1] : size[0];
+        for (int which = 0; which < 2; ++which)
+            if (size[which] != shape[i]) missing[which] |= DOT_AXIS(i);
+    }
+    dot__broadcast_strides(rank, shape, missing[0], stride[0]);
+    dot__broadcast_strides(rank, shape, missing[1], stride[1]);
+    if (dot__shape_size(ctx, function, a->dtype, rank, shape) < 0) return NULL;
+    dot_tensor *z = dot__step_tensor(ctx, a->dtype, rank, shape, dot__laned(a) || dot__laned(b));
+    dot__zip_node *node;
+    dot__zip job;
+    if (!z || !dot__record(ctx, sizeof *node, dot__zip_backward, z, a, b, NULL, &node)) return NULL;
+    if (node) {
+        node->op = op;
+        memcpy(node->stride, stride, sizeof stride);
+        memcpy(node->missing, missing, sizeof missing);
+    }
+    dot__zip_job(&job, op, z, dot__array_of(a), stride[0], dot__array_of(b), stride[1], dot__array_of(z));
+    ctx->backend->zip(ctx, &job);
+    return z;
+}
+
+dot_tensor *dot_add(dot_tensor *a, dot_tensor *b)     { return dot__zip_op("dot_add", DOT__ADD, a, b); }
+dot_tensor *dot_sub(dot_tensor *a, dot_tensor *b)     { return dot__zip_op("dot_sub", DOT__SUB, a, b); }
+dot_tensor *dot_mul(dot_tensor *a, dot_tensor *b)     { return dot__zip_op("dot_mul", DOT__MUL, a, b); }
+dot_tensor *dot_div(dot_tensor *a, dot_tensor *b)     { return dot__zip_op("dot_div", DOT__DIV, a, b); }
+dot_tensor *dot_maximum(dot_tensor *a, dot_tensor *b) { return dot__zip_op("dot_maximum", DOT__MAXIMUM, a, b); }
+dot_tensor *dot_minimum(dot_tensor *a, dot_tensor *b) { return dot__zip_op("dot_minimum", DOT__MINIMUM, a, b); }
+
+/* ---- matrix products ---- */
+
+static const int32_t dot__zero_table[1] = { 0 };
+
+/* A matrix is a number of images of one position with one tap. */
+static void dot__matrix_rows(dot__rows *r, int64_t rows, int64_t from_row, int64_t to_row)
+{
+    memset(r, 0, sizeof *r);
+    r->images = rows;
+    r->from_image = from_row;
+    r->to_image = to_row;
+    for (int i = 0; i < 3; ++i) {
+        r->axis[i].count = r->axis[i].taps = 1;
+        r->axis[i].from = r->axis[i].to = r->axis[i].tap = dot__zero_table;
+    }
+}
+
+/* C [m, n] (+)= A [m, k] B, batch times; B is [k, n], or [n, k] if transposed. */
+static bool dot__matrix_product(dot_context *ctx, const dot_tensor *a, const dot_tensor *b, bool transposed, const dot_tensor *bias,
+                                const dot_tensor *c, int64_t batch, int64_t m, int64_t k, int64_t n, dot_activation activation,
+                                bool accumulate)
+{
+    dot__gemm job;
+    memset(&job, 0, sizeof job);
+    job.dtype = a->dtype;
+    job.laned = dot__laned(c);
+    job.accumulate = accumulate;
+    job.activation = activation;
+    dot__matrix_rows(&job.rows, m, k, n);
+    job.depth = k;
+    job.columns = n;
+    job.b_row = transposed ? 1 : n;
+    job.b_column = transposed ? k : 1;
+    job.batch = batch;
+    job.a_batch = m * k;
+    job.b_batch = k * n;
+    job.c_batch = m * n;
+    job.a = dot__array_of(a);
+    job.b = dot__array_of(b);
+    job.c = dot__array_of(c);
+    job.bias = dot__array_of(bias);
+    return ctx->backend->gemm(ctx, &job);
+}
+
+/* W [k, n] (+)= A [m, k] transposed times D [m, n], batch times. */
+static bool dot__matrix_outer(dot_context *ctx, const dot_tensor *a, const dot_tensor *d, const dot_tensor *w, int64_t batch, int64_t m,
+                              int64_t k, int64_t n, bool accumulate)
+{
+    dot__outer job;
+    memset(&job, 0, sizeof job);
+    job.dtype = a->dtype;
+    job.laned = true;
+    job.accumulate = accumulate;
+    dot__matrix_rows(&job.rows, m, k, n);
+    job.depth = k;
+    job.columns = job.w_row = n;
+    job.batch = batch;
+    job.a_batch = m * k;
+    job.d_batch = m * n;
+    job.w_batch = k * n;
+    job.a = dot__array_of(a);
+    job.d = dot__array_of(d);
+    job.w = dot__array_of(w);
+    return ctx->backend->outer(ctx, &job);
+}
+
+typedef struct dot__product_node {
+    dot__node node;                 /* in: a (or x), b (or the weight), bias */
+    int64_t batch, m, k, n;
+    dot_activation activation;
+} dot__product_node;
+
+/* The gradient of the bias: the sum over all but the last axis. */
+static bool dot__bias_backward(dot_context *ctx, dot_tensor *bias, const dot_tensor *dy)
+{
+    if (!dot__wants_grad(bias)) return true;
+    bool accumulate;
+    dot_tensor *db = dot__grad_target(bias, &accumulate);
+    return db && dot__sum_into(ctx, dy, DOT__SUM, (1u << (dy->rank - 1)) - 1u, 1.0, db, accumulate);
+}
+
+/* Turns the gradient of act(z) into that of z, in place: it is not needed again. */
+static void dot__activation_backward(dot_context *ctx, const dot_tensor *y, dot_activation activation)
+{
+    static const dot__unary op[] = { DOT__UNARIES, DOT__RELU, DOT__SIGMOID, DOT__TANH_ };
+    dot__map job;
+    if (activation == DOT_NONE) return;
+    dot__map_job(&job, op[activation], 0, 0, y, y);
+    job.dy = job.dx = dot__array_of(y->grad);
+    ctx->backend->map_backward(ctx, &job);
+}
+
+static bool dot__product_backward(dot_context *ctx, dot__node *base)
+{
+    dot__product_node *p = (dot__product_node *)base;
+    dot_tensor *a = base->in[0], *b = base->in[1], *dy = base->out->grad;
+    bool accumulate;
+    dot__activation_backward(ctx, base->out, p->activation);
+    if (dot__wants_grad(a)) {
+        dot_tensor *da = dot__grad_target(a, &accumulate);
+        if (!da || !dot__matrix_product(ctx, dy, b, true, NULL, da, p->batch, p->m, p->n, p->k, DOT_NONE, accumulate)) return false;
+    }
+    if (dot__wants_grad(b)) {
+        dot_tensor *db = dot__grad_target(b, &accumulate);
+        if (!db || !dot__matrix_outer(ctx, a, dy, db, p->batch, p->m, p->k, p->n, accumulate)) return false;
+    }
+    return dot__bias_backward(ctx, base->in[2], dy);
+}
+
+static dot_tensor *dot__product_op(dot_context *ctx, dot_tensor *a, dot_tensor *b, dot_tensor *bias, int64_t batch, int64_t m,
+                                   dot_activation activation)
+{
+    int64_t shape[DOT_MAX_RANK], k = a->shape[a->rank - 1], n = b->shape[b->rank - 1];
+    memcpy(shape, a->shape, sizeof shape);
+    shape[a->rank - 1] = n;
+    bool laned = dot__laned(a) || dot__laned(b) || (bias && dot__laned(bias));
+    dot_tensor *c = dot__step_tensor(ctx, a->dtype, a->rank, shape, laned);
+    dot__product_node *node;
+    if (!c || !dot__record(ctx, sizeof *node, dot__product_backward, c, a, b, bias, &node)) return NULL;
+    if (node) { node->batch = batch; node->m = m; node->k = k; node->n = n; node->activation = activation; }
+    return dot__matrix_product(ctx, a, b, false, bias, c, batch, m, k, n, activation, false) ? c : NULL;
+}
+
+dot_tensor *dot_matmul(dot_tensor *a, dot_tensor *b)
+{
+    dot_context *ctx = dot__enter("dot_matmul", a, b);
+    if (!ctx) return NULL;
+    bool shared = b->rank == 2, fits = a->rank >= 2 && b->rank >= 2 && (shared || a->rank == b->rank);
+    for (int i = 0; fits && !shared && i < a->rank - 2; ++i) fits = a->shape[i] == b->shape[i];
+    if (!fits || a->shape[a->rank - 1] != b->shape[b->rank - 2]) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "dot_matmul: shapes %s and %s, expected [...,M,K] and [K,N] or [...,K,N]", DOT__SHAPE(a),
+                  DOT__SHAPE(b));
+        return NULL;
+    }
+    int64_t batch = 1, m = a->shape[a->rank - 2];
+    for (int i = 0; i < a->rank - 2; ++i) batch *= a->shape[i];
+    return shared ? dot__product_op(ctx, a, b, NULL, 1, batch * m, DOT_NONE) : dot__product_op(ctx, a, b, NULL, batch, m, DOT_NONE);
+}
+
+/* Checks a fused activation and a bias [size]. */
+static bool dot__epilogue_ok(const char *function, dot_tensor *x, dot_tensor *bias, int64_t size, dot_activation activation)
+{
+    if ((unsigned)activation > DOT_TANH) {
+        dot__fail(x->ctx, DOT_ERROR_ARGUMENT, "%s: activation %d, expected DOT_NONE, DOT_RELU, DOT_SIGMOID or DOT_TANH", function,
+                  (int)activation);
+        return false;
+    }
+    if (!bias) return true;
+    if (!dot__enter(function, x, bias)) return false;
+    if (bias->rank == 1 && bias->shape[0] == size) return true;
+    dot__fail(x->ctx, DOT_ERROR_SHAPE, "%s: bias %s, expected [" DOT__I64 "]", function, DOT__SHAPE(bias), DOT__LL(size));
+    return false;
+}
+
+dot_tensor *dot_linear(dot_tensor *x, dot_tensor *weight, dot_tensor *bias, dot_activation act)
+{
+    dot_context *ctx = dot__enter("dot_linear", x, weight);
+    if (!ctx) return NULL;
+    if (weight->rank != 2 || x->rank < 1 || x->shape[x->rank - 1] != weight->shape[0]) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "dot_linear: input %s, weight %s, expected [...,in] and [in,out]", DOT__SHAPE(x), DOT__SHAPE(weight));
+        return NULL;
+    }
+    if (!dot__epilogue_ok("dot_linear", x, bias, weight->shape[1], act)) return NULL;
+    int64_t m = 1;
+    for (int i = 0; i < x->rank - 1; ++i) m *= x->shape[i];
+    return dot__product_op(ctx, x, weight, bias, 1, m, act);
+}
+
+/* ---- convolution ----
+   One geometry serves the convolution and its transpose: `image` is the side that is padded and strided over (the input of
+   a convolution, the output of a transposed one), `grid` the other. The three products between image, grid and weight
+       grid   = convolve(image, weight)        image = spread(grid, weight)        weight = correlate(image, grid)
+   are the forward pass and the two gradients of either. */
+
+typedef struct dot__geometry {
+    int dims;                       /* 1, 2, 3; the missing axes come first and have size and kernel 1 */
+    int64_t batch, image[3], grid[3], kernel[3], stride[3], padding[3], dilation[3];
+    int64_t image_channels, grid_channels, groups;
+} dot__geometry;
+
+dot_conv_options dot_conv_defaults(void)
+{
+    dot_conv_options o;
+    memset(&o, 0, sizeof o);
+    o.magic = DOT__MAGIC_CONV;
+    o.kernel = 3;
+    o.stride = o.dilation = o.groups = 1;
+    o.bias = true;
+    for (int i = 0; i < 3; ++i)
+        o.kernel_each[i] = o.stride_each[i] = o.padding_each[i] = o.dilation_each[i] = o.output_padding_each[i] = -1;
+    return o;
+}
+
+typedef struct dot__conv_sizes { int kernel[3], stride[3], padding[3], dilation[3], output_padding[3]; } dot__conv_sizes;
+
+/* One option for each spatial axis, the missing axes first. Refuses what is below `least`, by name. */
+static bool dot__each(dot_context *ctx, const char *function, const char *name, int value, const int *each, int dims, int least, int missing,
+                      int *out)
+{
+    for (int i = 0; i < 3; ++i) {
+        int axis = i - (3 - dims), v = axis < 0 ? missing : each[axis] != -1 ? each[axis] : value;
+        if (v < least || v > 1 << 20) {
+            dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: %s %d, expected %d or more", function, name, v, least);
+            return false;
+        }
+        out[i] = v;
+    }
+    return true;
+}
+
+static bool dot__conv_sizes_of(dot_context *ctx, const char *function, const dot_conv_options *o, int dims, bool transposed,
+                               dot__conv_sizes *s)
+{
+    if (o->magic != DOT__MAGIC_CONV) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: options not filled by dot_conv_defaults (magic 0x%08x)", function, (unsigned)o->magic);
+        return false;
+    }
+    if (!dot__each(ctx, function, "kernel", o->kernel, o->kernel_each, dims, 1, 1, s->kernel)
+        || !dot__each(ctx, function, "stride", o->stride, o->stride_each, dims, 1, 1, s->stride)
+        || !dot__each(ctx, function, "padding", o->padding, o->padding_each, dims, 0, 0, s->padding)
+        || !dot__each(ctx, function, "dilation", o->dilation, o->dilation_each, dims, 1, 1, s->dilation)
+        || !dot__each(ctx, function, "output_padding", o->output_padding, o->output_padding_each, dims, 0, 0, s->output_padding))
+        return false;
+    if (o->groups < 1) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: groups %d, expected 1 or more", function, o->groups);
+        return false;
+    }
+    for (int i = 0; i < 3 && transposed; ++i)
+        if (s->output_padding[i] >= s->stride[i] && s->output_padding[i] >= s->dilation[i]) {
+            dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: output_padding %d, expected less than the stride %d or the dilation %d", function,
+                      s->output_padding[i], s->stride[i], s->dilation[i]);
+            return false;
+        }
+    return true;
+}
+
+/* Fills in the geometry from the shapes of x and weight. */
+static bool dot__geometry_of(const char *function, const dot_tensor *x, const dot_tensor *weight, const dot_conv_options *options,
+                             bool transposed, dot__geometry *g)
+{
+    dot_context *ctx = x->ctx;
+    dot_conv_options o = dot_conv_defaults();
+    dot__conv_sizes s;
+    if (options) o = *options;
+    int dims = x->rank - 2;
+    if (dims < 1 || dims > 3 || weight->rank != x->rank) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "%s: input %s, weight %s, expected [N,spatial...,C] with 1 to 3 spatial axes and a weight of the same rank",
+                  function, DOT__SHAPE(x), DOT__SHAPE(weight));
+        return false;
+    }
+    o.kernel = 1;
+    for (int i = 0; i < 3; ++i) o.kernel_each[i] = -1;
+    if (!dot__conv_sizes_of(ctx, function, &o, dims, transposed, &s)) return false;
+    memset(g, 0, sizeof *g);
+    g->dims = dims;
+    g->batch = x->shape[0];
+    g->groups = o.groups;
+    int64_t in = x->shape[dims + 1], per_group = weight->shape[dims], last = weight->shape[dims + 1];
+    g->image_channels = per_group * g->groups;
+    g->grid_channels = last;
+    int64_t expected = transposed ? g->grid_channels : g->image_channels;
+    if (in != expected) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "%s: input has " DOT__I64 " channels, weight %s with %d groups takes " DOT__I64, function,
+                  DOT__LL(in), DOT__SHAPE(weight), o.groups, DOT__LL(expected));
+        return false;
+    }
+    if (last % g->groups != 0 || per_group < 1 || last < 1) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "%s: weight %s does not divide into %d groups", function, DOT__SHAPE(weight), o.groups);
+        return false;
+    }
+    int64_t image = g->image_channels, grid = g->grid_channels;
+    for (int i = 0; i < 3; ++i) {
+        int axis = i - (3 - dims);
+        int64_t size = axis < 0 ? 1 : x->shape[1 + axis];
+        g->kernel[i] = axis < 0 ? 1 : weight->shape[axis];
+        g->stride[i] = s.stride[i];
+        g->padding[i] = s.padding[i];
+        g->dilation[i] = s.dilation[i];
+        int64_t span = g->dilation[i] * (g->kernel[i] - 1) + 1;
+        if (g->kernel[i] < 1) span = INT64_MAX / 4;
+        if (transposed) {
+            g->grid[i] = size;
+            g->image[i] = size < 1 ? 0 : (size - 1) * g->stride[i] - 2 * g->padding[i] + span + s.output_padding[i];
+        } else {
+            g->image[i] = size;
+            g->grid[i] = size + 2 * g->padding[i] < span ? 0 : (size + 2 * g->padding[i] - span) / g->stride[i] + 1;
+        }
+        if (g->image[i] < 1 || g->grid[i] < 1 || g->image[i] > INT32_MAX || g->grid[i] > INT32_MAX) {
+            dot__fail(ctx, DOT_ERROR_SHAPE, "%s: kernel " DOT__I64 " (stride " DOT__I64 ", padding " DOT__I64 ", dilation " DOT__I64
+                      ") does not fit the input %s", function, DOT__LL(g->kernel[i]), DOT__LL(g->stride[i]), DOT__LL(g->padding[i]),
+                      DOT__LL(g->dilation[i]), DOT__SHAPE(x));
+            return false;
+        }
+        image *= g->image[i];
+        grid *= g->grid[i];
+        if (image > INT32_MAX || grid > INT32_MAX) break;
+    }
+    if (image > INT32_MAX || grid > INT32_MAX || weight->size > INT32_MAX) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "%s: input %s: an image of more than 2^31 elements", function, DOT__SHAPE(x));
+        return false;
+    }
+    return true;
+}
+
+/* Elements from one position to the next along each axis. */
+static void dot__spatial_strides(const int64_t *size, int64_t channels, int64_t *stride)
+{
+    stride[2] = channels;
+    stride[1] = size[2] * channels;
+    stride[0] = size[1] * stride[1];
+}
+
+static bool dot__axis_alloc(dot_context *ctx, dot__axis *axis, int64_t count, int64_t taps, int32_t **from, int32_t **to, int32_t **tap)
+{
+    *from = (int32_t *)dot__step_alloc(ctx, (size_t)(count * taps) * sizeof(int32_t));
+    *to = (int32_t *)dot__step_alloc(ctx, (size_t)count * sizeof(int32_t));
+    *tap = (int32_t *)dot__step_alloc(ctx, (size_t)taps * sizeof(int32_t));
+    axis->count = count;
+    axis->taps = (int)taps;
+    axis->from = *from;
+    axis->to = *to;
+    axis->tap = *tap;
+    return *from && *to && *tap;
+}
+
+/* Rows are the positions of the grid, taps those of the kernel: tap k of grid position o reads image position
+   o stride - padding + k dilation. */
+static bool dot__rows_of_grid(dot_context *ctx, const dot__geometry *g, dot__rows *rows)
+{
+    int64_t from_stride[3], to_stride[3], tap_stride[3];
+    int32_t *from, *to, *tap;
+    dot__spatial_strides(g->image, g->image_channels, from_stride);
+    dot__spatial_strides(g->grid, g->grid_channels, to_stride);
+    dot__spatial_strides(g->kernel, g->image_channels / g->groups * g->grid_channels, tap_stride);
+    rows->images = g->batch;
+    rows->from_image = g->image[0] * from_stride[0];
+    rows->to_image = g->grid[0] * to_stride[0];
+    for (int i = 0; i < 3; ++i) {
+        int64_t taps = g->kernel[i];
+        if (!dot__axis_alloc(ctx, &rows->axis[i], g->grid[i], taps, &from, &to, &tap)) return false;
+        for (int64_t k = 0; k < taps; ++k) tap[k] = (int32_t)(k * tap_stride[i]);
+        for (int64_t o = 0; o < g->grid[i]; ++o) {
+            to[o] = (int32_t)(o * to_stride[i]);
+            for (int64_t k = 0; k < taps; ++k) {
+                int64_t at = o * g->stride[i] - g->padding[i] + k * g->dilation[i];
+                from[o * taps + k] = at < 0 || at >= g->image[i] ? -1 : (int32_t)(at * from_stride[i]);
+            }
+        }
+    }
+    return true;
+}
+
+/* Rows are the positions of the image with remainders `rest` modulo the strides. Position p is read by tap k of grid position
+   (p + padding - k dilation) / stride where that is whole: for a given remainder always by the same taps. */
+static bool dot__rows_of_image_class(dot_context *ctx, const dot__geometry *g, const int64_t *rest, dot__rows *rows)
+{
+    int64_t from_stride[3], to_stride[3], tap_stride[3];
+    int32_t *from, *to, *tap;
+    dot__spatial_strides(g->grid, g->grid_channels, from_stride);
+    dot__spatial_strides(g->image, g->image_channels, to_stride);
+    dot__spatial_strides(g->kernel, g->image_channels / g->groups * g->grid_channels, tap_stride);
+    rows->images = g->batch;
+    rows->from_image = g->grid[0] * from_stride[0];
+    rows->to_image = g->image[0] * to_stride[0];
+    for (int i = 0; i < 3; ++i) {
+        int64_t count = g->image[i] > rest[i] ? dot__ceil_div(g->image[i] - rest[i], g->stride[i]) : 0, taps = 0;
+        if (!dot__axis_alloc(ctx, &rows->axis[i], count, g->kernel[i], &from, &to, &tap)) return false;
+        int64_t reach[2] = { rest[i] + g->padding[i], 0 };
+        for (int64_t k = 0; k < g->kernel[i]; ++k)
+            if ((reach[0] - k * g->dilation[i]) % g->stride[i] == 0) taps++;
+        rows->axis[i].taps = (int)taps;
+        for (int64_t p = 0; p < count; ++p) to[p] = (int32_t)((rest[i] + p * g->stride[i]) * to_stride[i]);
+        for (int64_t k = 0, t = 0; k < g->kernel[i]; ++k) {
+            reach[1] = reach[0] - k * g->dilation[i];
+            if (reach[1] % g->stride[i] != 0) continue;
+            tap[t] = (int32_t)(k * tap_stride[i]);
+            for (int64_t p = 0; p < count; ++p) {
+                int64_t at = reach[1] / g->stride[i] + p;
+                from[p * taps + t] = at < 0 || at >= g->grid[i] ? -1 : (int32_t)(at * from_stride[i]);
+            }
+            t++;
+        }
+    }
+    return true;
+}
+
+static bool dot__convolve(dot_context *ctx, const dot__geometry *g, const dot_tensor *image, const dot_tensor *weight,
+                          const dot_tensor *bias, dot_activation activation, const dot_tensor *grid, bool accumulate)
+{
+    dot__mark mark = dot__scratch_begin(ctx);
+    dot__gemm job;
+    memset(&job, 0, sizeof job);
+    if (!dot__rows_of_grid(ctx, g, &job.rows)) return false;
+    job.dtype = image->dtype;
+    job.laned = dot__laned(grid);
+    job.accumulate = accumulate;
+    job.activation = activation;
+    job.depth = job.a_batch = g->image_channels / g->groups;
+    job.columns = job.b_batch = job.c_batch = g->grid_channels / g->groups;
+    job.b_row = g->grid_channels;
+    job.b_column = 1;
+    job.batch = g->groups;
+    job.a = dot__array_of(image);
+    job.b = dot__array_of(weight);
+    job.bias = dot__array_of(bias);
+    job.c = dot__array_of(grid);
+    bool ok = ctx->backend->gemm(ctx, &job);
+    dot__scratch_end(ctx, mark);
+    return ok;
+}
+
+static bool dot__spread(dot_context *ctx, const dot__geometry *g, const dot_tensor *grid, const dot_tensor *weight,
+                        const dot_tensor *bias, dot_activation activation, const dot_tensor *image, bool accumulate)
+{
+    bool ok = true;
+    int64_t classes = g->stride[0] * g->stride[1] * g->stride[2];
+    for (int64_t c = 0; c < classes && ok; ++c) {
+        int64_t rest[3] = { c / g->stride[2] / g->stride[1], c / g->stride[2] % g->stride[1], c % g->stride[2] };
+        if (rest[0] >= g->image[0] || rest[1] >= g->image[1] || rest[2] >= g->image[2]) continue;
+        dot__mark mark = dot__scratch_begin(ctx);
+        dot__gemm job;
+        memset(&job, 0, sizeof job);
+        if (!dot__rows_of_image_class(ctx, g, rest, &job.rows)) return false;
+        job.dtype = grid->dtype;
+        job.laned = dot__laned(image);
+        job.accumulate = accumulate;
+        job.activation = activation;
+        job.depth = job.a_batch = job.b_batch = g->grid_channels / g->groups;
+        job.columns = job.c_batch = g->image_channels / g->groups;
+        job.b_row = 1;
+        job.b_column = g->grid_channels;
+        job.batch = g->groups;
+        job.a = dot__array_of(grid);
+        job.b = dot__array_of(weight);
+        job.bias = dot__array_of(bias);
+        job.c = dot__array_of(image);
+        ok = ctx->backend->gemm(ctx, &job);
+        dot__scratch_end(ctx, mark);
+    }
+    return ok;
+}
+
+static bool dot__correlate(dot_context *ctx, const dot__geometry *g, const dot_tensor *image, const dot_tensor *grid,
+                           const dot_tensor *weight, bool accumulate)
+{
+    dot__mark mark = dot__scratch_begin(ctx);
+    dot__outer job;
+    memset(&job, 0, sizeof job);
+    if (!dot__rows_of_grid(ctx, g, &job.rows)) return false;
+    job.dtype = image->dtype;
+    job.laned = true;
+    job.accumulate = accumulate;
+    job.depth = job.a_batch = g->image_channels / g->groups;
+    job.columns = job.d_batch = job.w_batch = g->grid_channels / g->groups;
+    job.w_row = g->grid_channels;
+    job.batch = g->groups;
+    job.a = dot__array_of(image);
+    job.d = dot__array_of(grid);
+    job.w = dot__array_of(weight);
+    bool ok = ctx->backend->outer(ctx, &job);
+    dot__scratch_end(ctx, mark);
+    return ok;
+}
+
+typedef struct dot__conv_node { dot__node node; dot__geometry geometry; dot_activation activation; bool transposed; } dot__conv_node;
+
+static bool dot__conv_backward(dot_context *ctx, dot__node *base)
+{
+    dot__conv_node *node = (dot__conv_node *)base;
+    const dot__geometry *g = &node->geometry;
+    dot_tensor *x = base->in[0], *weight = base->in[1], *dy = base->out->grad;
+    bool accumulate, ok = true;
+    dot__activation_backward(ctx, base->out, node->activation);
+    if (dot__wants_grad(x)) {
+        dot_tensor *dx = dot__grad_target(x, &accumulate);
+        if (!dx) return false;
+        ok = node->transposed ? dot__convolve(ctx, g, dy, weight, NULL, DOT_NONE, dx, accumulate)
+                              : dot__spread(ctx, g, dy, weight, NULL, DOT_NONE, dx, accumulate);
+    }
+    if (ok && dot__wants_grad(weight)) {
+        dot_tensor *dw = dot__grad_target(weight, &accumulate);
+        if (!dw) return false;
+        ok = node->transposed ? dot__correlate(ctx, g, dy, x, dw, accumulate) : dot__correlate(ctx, g, x, dy, dw, accumulate);
+    }
+    return ok && dot__bias_backward(ctx, base->in[2], dy);
+}
+
+static dot_tensor *dot__conv_op(const char *function, dot_tensor *x, dot_tensor *weight, dot_tensor *bias, const dot_conv_options *options,
+                                dot_activation act, bool transposed)
+{
+    dot_context *ctx = dot__enter(function, x, weight);
+    dot__geometry g;
+    if (!ctx || !dot__geometry_of(function, x, weight, options, transposed, &g)) return NULL;
+    const int64_t *size = transposed ? g.image : g.grid;
+    int64_t channels = transposed ? g.image_channels : g.grid_channels, shape[5];
+    if (!dot__epilogue_ok(function, x, bias, channels, act)) return NULL;
+    shape[0] = g.batch;
+    for (int i = 0; i < g.dims; ++i) shape[1 + i] = size[3 - g.dims + i];
+    shape[1 + g.dims] = channels;
+    if (dot__shape_size(ctx, function, x->dtype, g.dims + 2, shape) < 0) return NULL;
+    bool laned = dot__laned(x) || dot__laned(weight) || (bias && dot__laned(bias));
+    dot_tensor *y = dot__step_tensor(ctx, x->dtype, g.dims + 2, shape, laned);
+    dot__conv_node *node;
+    if (!y || !dot__record(ctx, sizeof *node, dot__conv_backward, y, x, weight, bias, &node)) return NULL;
+    if (node) { node->geometry = g; node->activation = act; node->transposed = transposed; }
+    bool ok = transposed ? dot__spread(ctx, &g, x, weight, bias, act, y, false) : dot__convolve(ctx, &g, x, weight, bias, act, y, false);
+    return ok ? y : NULL;
+}
+
+dot_tensor *dot_conv(dot_tensor *x, dot_tensor *weight, dot_tensor *bias, const dot_conv_options *options, dot_activation act)
+{
+    return dot__conv_op("dot_conv", x, weight, bias, options, act, false);
+}
+
+dot_tensor *dot_conv_transpose(dot_tensor *x, dot_tensor *weight, dot_tensor *bias, const dot_conv_options *options, dot_activation act)
+{
+    return dot__conv_op("dot_conv_transpose", x, weight, bias, options, act, true);
+}
+
+/* ---- pooling ---- */
+
+dot_pool_options dot_pool_defaults(void)
+{
+    dot_pool_options o;
+    memset(&o, 0, sizeof o);
+    o.magic = DOT__MAGIC_POOL;
+    o.kernel = 2;
+    o.dilation = 1;
+    o.count_include_pad = true;
+    for (int i = 0; i < 3; ++i) o.kernel_each[i] = o.stride_each[i] = o.padding_each[i] = o.dilation_each[i] = -1;
+    return o;
+}
+
+/* One spatial axis of a pooling: `from` in positions of the input (times `step`), `to` the window's size with padding. */
+typedef struct dot__window { int64_t in, out, kernel, stride, padding, dilation; bool adaptive; } dot__window;
+
+static bool dot__pool_axis(dot_context *ctx, const dot__window *w, int64_t step, dot__axis *axis)
+{
+    int32_t *from, *to, *tap;
+    int64_t taps = w->kernel;
+    if (w->adaptive) {
+        taps = 1;
+        for (int64_t o = 0; o < w->out; ++o)
+            taps = dot__max(taps, dot__ceil_div((o + 1) * w->in, w->out) - o * w->in / w->out);
+    }
+    if (!dot__axis_alloc(ctx, axis, w->out, taps, &from, &to, &tap)) return false;
+    for (int64_t o = 0; o < w->out; ++o) {
+        int64_t start = w->adaptive ? o * w->in / w->out : o * w->stride - w->padding;
+        int64_t end = w->adaptive ? dot__ceil_div((o + 1) * w->in, w->out) : dot__min(start + w->kernel, w->in + w->padding);
+        to[o] = (int32_t)(end - start);
+        for (int64_t k = 0; k < taps; ++k) {
+            int64_t at = start + k * w->dilation;
+            bool inside = at >= 0 && at < w->in && (!w->adaptive || at < end);
+            from[o * taps + k] = inside ? (int32_t)(at * step) : -1;
+        }
+    }
+    return true;
+}
+
+typedef struct dot__pool_node { dot__node node; dot__window window[3]; bool maximum, count_padding; } dot__pool_node;
+
+static bool dot__pool_run(dot_context *ctx, const dot__window *window, bool maximum, bool count_padding, const dot_tensor *x,
+                          const dot_tensor *y, const dot_tensor *dy, const dot_tensor *dx, bool accumulate)
+{
+    dot__pool_job job;
+    memset(&job, 0, sizeof job);
+    dot__mark mark = dot__scratch_begin(ctx);
+    int64_t step = 1;
+    for (int i = 2; i >= 0; --i) {
+        if (!dot__pool_axis(ctx, &window[i], step, &job.axis[i])) return false;
+        step *= window[i].in;
+    }
+    job.dtype = x->dtype;
+    job.laned = dot__laned(y);
+    job.accumulate = accumulate;
+    job.maximum = maximum;
+    job.count_padding = count_padding;
+    job.images = x->shape[0];
+    job.in = step;
+    job.channels = x->shape[x->rank - 1];
+    job.x = dot__array_of(x);
+    job.y = dot__array_of(y);
+    job.dy = dot__array_of(dy);
+    job.dx = dot__array_of(dx);
+    if (dx) ctx->backend->pool_backward(ctx, &job); else ctx->backend->pool(ctx, &job);
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+static bool dot__pool_backward(dot_context *ctx, dot__node *base)
+{
+    dot__pool_node *node = (dot__pool_node *)base;
+    bool accumulate;
+    dot_tensor *dx = dot__grad_target(base->in[0], &accumulate);
+    return dx && dot__pool_run(ctx, node->window, node->maximum, node->count_padding, base->in[0], base->out, base->out->grad, dx, accumulate);
+}
+
+static dot_tensor *dot__pool_windows(dot_context *ctx, dot_tensor *x, const dot__window *window, bool maximum, bool count_padding)
+{
+    int64_t shape[5];
+    int dims = x->rank - 2;
+    shape[0] = x->shape[0];
+    for (int i = 0; i < dims; ++i) shape[1 + i] = window[3 - dims + i].out;
+    shape[1 + dims] = x->shape[1 + dims];
+    dot_tensor *y = dot__step_tensor(ctx, x->dtype, x->rank, shape, dot__laned(x));
+    dot__pool_node *node;
+    if (!y || !dot__record(ctx, sizeof *node, dot__pool_backward, y, x, NULL, NULL, &node)) return NULL;
+    if (node) { memcpy(node->window, window, sizeof node->window); node->maximum = maximum; node->count_padding = count_padding; }
+    return dot__pool_run(ctx, window, maximum, count_padding, x, y, NULL, NULL, false) ? y : NULL;
+}
+
+static dot_context *dot__pool_enter(const char *function, const dot_tensor *x, dot__window *window)
+{
+    dot_context *ctx = dot__enter(function, x, x);
+    if (!ctx) return NULL;
+    if (x->rank < 3 || x->rank > 5) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "%s: input %s, expected [N,spatial...,C] with 1 to 3 spatial axes", function, DOT__SHAPE(x));
+        return NULL;
+    }
+    int64_t image = 1;
+    memset(window, 0, 3 * sizeof *window);
+    for (int i = 0; i < 3; ++i) {
+        int axis = i - (5 - x->rank);
+        window[i].in = axis < 0 ? 1 : x->shape[1 + axis];
+        image = image > INT32_MAX ? image : image * window[i].in;
+        window[i].out = window[i].kernel = window[i].stride = window[i].dilation = 1;
+    }
+    if (image >= 1 && image <= INT32_MAX) return ctx;
+    dot__fail(ctx, DOT_ERROR_SHAPE, "%s: input %s, expected 1 to 2^31 positions", function, DOT__SHAPE(x));
+    return NULL;
+}
+
+static dot_tensor *dot__pool_op(const char *function, dot_tensor *x, const dot_pool_options *options, bool maximum)
+{
+    dot__window window[3];
+    dot_context *ctx = dot__pool_enter(function, x, window);
+    if (!ctx) return NULL;
+    dot_pool_options o = dot_pool_defaults();
+    if (options) o = *options;
+    if (o.magic != DOT__MAGIC_POOL) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: options not filled by dot_pool_defaults (magic 0x%08x)", function, (unsigned)o.magic);
+        return NULL;
+    }
+    int dims = x->rank - 2, kernel[3], stride[3], padding[3], dilation[3];
+    if (!dot__each(ctx, function, "kernel", o.kernel, o.kernel_each, dims, 1, 1, kernel)
+        || !dot__each(ctx, function, "stride", o.stride, o.stride_each, dims, 0, 1, stride)
+        || !dot__each(ctx, function, "padding", o.padding, o.padding_each, dims, 0, 0, padding)
+        || !dot__each(ctx, function, "dilation", o.dilation, o.dilation_each, dims, 1, 1, dilation)) return NULL;
+    for (int i = 0; i < 3; ++i) {
+        dot__window *w = &window[i];
+        w->kernel = kernel[i];
+        w->stride = stride[i] ? stride[i] : kernel[i];
+        w->padding = padding[i];
+        w->dilation = dilation[i];
+        if (w->padding > w->kernel / 2 || (!maximum && w->dilation != 1)) {
+            dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: padding %d and dilation %d, expected a padding of at most half the kernel %d%s", function,
+                      padding[i], dilation[i], kernel[i], maximum ? "" : " and no dilation");
+            return NULL;
+        }
+        int64_t free_span = w->in + 2 * w->padding - w->dilation * (w->kernel - 1) - 1;
+        w->out = free_span < 0 ? 0 : (o.ceil_mode ? dot__ceil_div(free_span, w->stride) : free_span / w->stride) + 1;
+        if (o.ceil_mode && (w->out - 1) * w->stride >= w->in + w->padding) w->out--;   /* a window must begin inside */
+        if (w->out < 1) {
+            dot__fail(ctx, DOT_ERROR_SHAPE, "%s: kernel %d does not fit the input %s", function, kernel[i], DOT__SHAPE(x));
+            return NULL;
+        }
+    }
+    return dot__pool_windows(ctx, x, window, maximum, o.count_include_pad);
+}
+
+static dot_tensor *dot__adaptive_op(const char *function, dot_tensor *x, const int64_t *sizes, bool maximum)
+{
+    dot__window window[3];
+    dot_context *ctx = dot__pool_enter(function, x, window);
+    if (!ctx || !sizes) return NULL;
+    for (int i = 0; i < 3; ++i) {
+        int axis = i - (5 - x->rank);
+        window[i].adaptive = true;
+        if (axis < 0) continue;
+        if (sizes[axis] < 1 || sizes[axis] > 1 << 20) {
+            dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: output size " DOT__I64 ", expected 1 or more", function, DOT__LL(sizes[axis]));
+            return NULL;
+        }
+        window[i].out = sizes[axis];
+    }
+    return dot__pool_windows(ctx, x, window, maximum, false);
+}
+
+dot_tensor *dot_max_pool(dot_tensor *x, const dot_pool_options *options) { return dot__pool_op("dot_max_pool", x, options, true); }
+dot_tensor *dot_avg_pool(dot_tensor *x, const dot_pool_options *options) { return dot__pool_op("dot_avg_pool", x, options, false); }
+dot_tensor *dot_adaptive_max_pool(dot_tensor *x, const int64_t *sizes) { return dot__adaptive_op("dot_adaptive_max_pool", x, sizes, true); }
+dot_tensor *dot_adaptive_avg_pool(dot_tensor *x, const int64_t *sizes) { return dot__adaptive_op("dot_adaptive_avg_pool", x, sizes, false); }
+
+/* ---- softmax ---- */
+
+typedef struct dot__softmax_node { dot__node node; int axis; bool logarithm; } dot__softmax_node;
+
+static void dot__softmax_job(dot__softmax *job, const dot_tensor *y, int axis, bool logarithm)
+{
+    memset(job, 0, sizeof *job);
+    job->dtype = y->dtype;
+    job->laned = dot__laned(y);
+    job->logarithm = logarithm;
+    job->outer = job->inner = 1;
+    for (int i = 0; i < axis; ++i) job->outer *= y->shape[i];
+    for (int i = axis + 1; i < y->rank; ++i) job->inner *= y->shape[i];
+    job->n = y->shape[axis];
+    job->y = dot__array_of(y);
+}
+
+static bool dot__softmax_backward(dot_context *ctx, dot__node *base)
+{
+    dot__softmax_node *node = (dot__softmax_node *)base;
+    dot__softmax job;
+    bool accumulate;
+    dot_tensor *dx = dot__grad_target(base->in[0], &accumulate);
+    if (!dx) return false;
+    dot__softmax_job(&job, base->out, node->axis, node->logarithm);
+    job.accumulate = accumulate;
+    job.dy = dot__array_of(base->out->grad);
+    job.dx = dot__array_of(dx);
+    ctx->backend->softmax_backward(ctx, &job);
+    return true;
+}
+
+/* A valid axis number from 0, or -1 with the error set. */
+static int dot__axis_of(const char *function, const dot_tensor *x, int axis)
+{
+    int at = axis < 0 ? axis + x->rank : axis;
+    if (at >= 0 && at < x->rank) return at;
+    dot__fail(x->ctx, DOT_ERROR_ARGUMENT, "%s: axis %d of a tensor %s", function, axis, DOT__SHAPE(x));
+    return -1;
+}
+
+static dot_tensor *dot__softmax_op(const char *function, dot_tensor *x, int axis, bool logarithm)
+{
+    dot_context *ctx = dot__enter(function, x, x);
+    if (!ctx || (axis = dot__axis_of(function, x, axis)) < 0) return NULL;
+    dot_tensor *y = dot__step_like(x, dot__laned(x));
+    dot__softmax_node *node;
+    dot__softmax job;
+    if (!y || !dot__record(ctx, sizeof *node, dot__softmax_backward, y, x, NULL, NULL, &node)) return NULL;
+    if (node) { node->axis = axis; node->logarithm = logarithm; }
+    dot__softmax_job(&job, y, axis, logarithm);
+    job.x = dot__array_of(x);
+    ctx->backend->softmax(ctx, &job);
+    return y;
+}
+
+dot_tensor *dot_softmax(dot_tensor *x, int axis)     { return dot__softmax_op("dot_softmax", x, axis, false); }
+dot_tensor *dot_log_softmax(dot_tensor *x, int axis) { return dot__softmax_op("dot_log_softmax", x, axis, true); }
+
+/* ---- dropout ---- */
+
+typedef struct dot__dropout_node { dot__node node; double p; uint64_t stream; } dot__dropout_node;
+
+static void dot__run_dropout(dot_context *ctx, double p, uint64_t stream, const dot_tensor *x, const dot_tensor *y, bool accumulate)
+{
+    dot__dropout_job job;
+    memset(&job, 0, sizeof job);
+    job.dtype = x->dtype;
+    job.laned = dot__laned(y);
+    job.accumulate = accumulate;
+    job.n = x->size;
+    job.stream = stream;
+    job.threshold = (uint64_t)(p * 4294967296.0);
+    job.scale = p < 1 ? 1 / (1 - p) : 0;
+    job.seeds = ctx->lane_seeds;
+    job.x = dot__array_of(x);
+    job.y = dot__array_of(y);
+    ctx->backend->dropout(ctx, &job);
+}
+
+static bool dot__dropout_backward(dot_context *ctx, dot__node *base)
+{
+    dot__dropout_node *node = (dot__dropout_node *)base;
+    bool accumulate;
+    dot_tensor *dx = dot__grad_target(base->in[0], &accumulate);
+    if (!dx) return false;
+    dot__run_dropout(ctx, node->p, node->stream, base->out->grad, dx, accumulate);
+    return true;
+}
+
+dot_tensor *dot_dropout(dot_tensor *x, double p)
+{
+    dot_context *ctx = dot__enter("dot_dropout", x, x);
+    if (!ctx) return NULL;
+    if (!(p >= 0 && p <= 1)) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_dropout: p %g, expected 0 to 1", p);
+        return NULL;
+    }
+    if (!ctx->training || p == 0) return x;
+    dot_tensor *y = dot__step_like(x, dot__laned(x) || !ctx->same_seeds);
+    dot__dropout_node *node;
+    if (!y || !dot__record(ctx, sizeof *node, dot__dropout_backward, y, x, NULL, NULL, &node)) return NULL;
+    uint64_t stream = DOT__STREAM_DROPOUT + (ctx->step << 16) + ctx->draws++;
+    if (node) { node->p = p; node->stream = stream; }
+    dot__run_dropout(ctx, p, stream, x, y, false);
+    return y;
+}
+
+/* ---- normalisation ---- */
+
+typedef struct dot__norm_node { dot__node node; dot__norm job; } dot__norm_node;
+
+static bool dot__norm_backward(dot_context *ctx, dot__node *base)
+{
+    dot__norm job = ((dot__norm_node *)base)->job;
+    dot_tensor *grad[3] = { NULL, NULL, NULL };
+    bool add[3] = { false, false, false };
+    for (int i = 0; i < 3; ++i)
+        if (dot__wants_grad(base->in[i]) && !(grad[i] = dot__grad_target(base->in[i], &add[i]))) return false;
+    job.dy = dot__array_of(base->out->grad);
+    job.dx = dot__array_of(grad[0]);
+    job.dweight = dot__array_of(grad[1]);
+    job.dbias = dot__array_of(grad[2]);
+    job.accumulate = add[0];
+    job.add_weight = add[1];
+    job.add_bias = add[2];
+    return ctx->backend->norm_backward(ctx, &job);
+}
+
+/* `job` holds the four sizes; weight and bias may be NULL, their shapes have been checked. */
+static dot_tensor *dot__norm_op(dot_context *ctx, dot__norm *job, dot_tensor *x, dot_tensor *weight, dot_tensor *bias,
+                                dot_tensor *running_mean, dot_tensor *running_var)
+{
+    bool laned = dot__laned(x) || (weight && dot__laned(weight)) || (bias && dot__laned(bias)) || running_mean;
+    int64_t count = job->sets * job->groups;
+    dot_tensor *y = dot__step_like(x, laned);
+    dot_tensor *mean = dot__step_tensor(ctx, DOT_F64, 1, &count, laned), *rstd = dot__step_tensor(ctx, DOT_F64, 1, &count, laned);
+    dot__norm_node *node;
+    if (!y || !mean || !rstd || !dot__record(ctx, sizeof *node, dot__norm_backward, y, x, weight, bias, &node)) return NULL;
+    job->dtype = x->dtype;
+    job->laned = laned;
+    job->weighted = weight != NULL;
+    job->biased = bias != NULL;
+    job->x = dot__array_of(x);
+    job->y = dot__array_of(y);
+    job->weight = dot__array_of(weight);
+    job->bias = dot__array_of(bias);
+    job->mean = dot__array_of(mean);
+    job->rstd = dot__array_of(rstd);
+    job->running_mean = dot__array_of(running_mean);
+    job->running_var = dot__array_of(running_var);
+    if (node) node->job = *job;
+    if (y->size > 0) ctx->backend->norm(ctx, job);
+    return y;
+}
+
+/* Checks eps and the shapes of weight, bias and statistics (each may be NULL): the `axes` last axes of x. */
+static bool dot__norm_ok(const char *function, const dot_tensor *x, int axes, const dot_tensor *const *parts, int count, double eps)
+{
+    if (!(eps >= 0) || !dot__finite(eps)) {
+        dot__fail(x->ctx, DOT_ERROR_ARGUMENT, "%s: eps %g, expected 0 or more", function, eps);
+        return false;
+    }
+    for (int i = 0; i < count; ++i) {
+        if (!parts[i]) continue;
+        if (!dot__enter(function, x, parts[i])) return false;
+        if (parts[i]->rank == axes && memcmp(parts[i]->shape, x->shape + x->rank - axes, sizeof(int64_t) * (size_t)axes) == 0) continue;
+        dot__fail(x->ctx, DOT_ERROR_SHAPE, "%s: weight, bias or statistics %s, expected %s", function, DOT__SHAPE(parts[i]),
+                  dot__shape_text(axes, x->shape + x->rank - axes).text);
+        return false;
+    }
+    return true;
+}
+
+dot_tensor *dot_layer_norm(dot_tensor *x, int axes, dot_tensor *weight, dot_tensor *bias, double eps)
+{
+    dot_context *ctx = dot__enter("dot_layer_norm", x, x);
+    const dot_tensor *parts[2];
+    dot__norm job;
+    if (!ctx) return NULL;
+    if (axes < 1 || axes > x->rank) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_layer_norm: %d axes of a tensor %s", axes, DOT__SHAPE(x));
+        return NULL;
+    }
+    parts[0] = weight;
+    parts[1] = bias;
+    if (!dot__norm_ok("dot_layer_norm", x, axes, parts, 2, eps)) return NULL;
+    memset(&job, 0, sizeof job);
+    job.positions = job.groups = job.sets = job.channels = 1;
+    for (int i = 0; i < x->rank; ++i) *(i < x->rank - axes ? &job.sets : &job.channels) *= x->shape[i];
+    job.eps = eps;
+    return dot__norm_op(ctx, &job, x, weight, bias, NULL, NULL);
+}
+
+dot_tensor *dot_group_norm(dot_tensor *x, int groups, dot_tensor *weight, dot_tensor *bias, double eps)
+{
+    dot_context *ctx = dot__enter("dot_group_norm", x, x);
+    const dot_tensor *parts[2];
+    dot__norm job;
+    if (!ctx) return NULL;
+    if (x->rank < 2 || groups < 1 || x->shape[x->rank - 1] % groups != 0) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "dot_group_norm: %d groups of the last axis of %s", groups, DOT__SHAPE(x));
+        return NULL;
+    }
+    parts[0] = weight;
+    parts[1] = bias;
+    if (!dot__norm_ok("dot_group_norm", x, 1, parts, 2, eps)) return NULL;
+    memset(&job, 0, sizeof job);
+    job.sets = x->shape[0];
+    job.positions = 1;
+    for (int i = 1; i < x->rank - 1; ++i) job.positions *= x->shape[i];
+    job.groups = groups;
+    job.channels = x->shape[x->rank - 1] / groups;
+    job.eps = eps;
+    return dot__norm_op(ctx, &job, x, weight, bias, NULL, NULL);
+}
+
+dot_tensor *dot_batch_norm(dot_tensor *x, dot_tensor *weight, dot_tensor *bias, dot_tensor *running_mean, dot_tensor *running_var,
+                           double momentum, double eps)
+{
+    dot_context *ctx = dot__enter("dot_batch_norm", x, x);
+    const dot_tensor *parts[4];
+    dot__norm job;
+    if (!ctx) return NULL;
+    if (x->rank < 2 || !(momentum >= 0 && momentum <= 1) || !running_mean != !running_var) {
+        dot__fail(ctx, x->rank < 2 ? DOT_ERROR_SHAPE : DOT_ERROR_ARGUMENT,
+                  "dot_batch_norm: input %s, momentum %g, expected [N,...,C], 0 to 1, and both running statistics or none", DOT__SHAPE(x),
+                  momentum);
+        return NULL;
+    }
+    parts[0] = weight;
+    parts[1] = bias;
+    parts[2] = running_mean;
+    parts[3] = running_var;
+    if (!dot__norm_ok("dot_batch_norm", x, 1, parts, 4, eps)) return NULL;
+    memset(&job, 0, sizeof job);
+    job.sets = job.channels = job.positions = 1;
+    for (int i = 0; i < x->rank - 1; ++i) job.positions *= x->shape[i];
+    job.groups = x->shape[x->rank - 1];
+    job.eps = eps;
+    job.momentum = momentum;
+    job.fixed = !ctx->training && running_mean;
+    job.tracked = ctx->training && running_mean;
+    if (!job.fixed && job.positions < 2) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "dot_batch_norm: input %s, expected more than one value per channel", DOT__SHAPE(x));
+        return NULL;
+    }
+    return dot__norm_op(ctx, &job, x, weight, bias, running_mean, running_var);
+}
+
+/* ---- embedding ---- */
+
+static void dot__gather_job(dot__gather *job, const dot_tensor *weight, const dot_tensor *indices, bool laned)
+{
+    memset(job, 0, sizeof *job);
+    job->dtype = weight->dtype;
+    job->laned = laned;
+    job->count = indices->size;
+    job->rows = weight->shape[0];
+    job->width = weight->shape[1];
+    job->w = dot__array_of(weight);
+    job->index = dot__array_of(indices);
+}
+
+typedef struct dot__gather_node { dot__node node; dot_tensor *indices; } dot__gather_node;
+
+static bool dot__gather_backward(dot_context *ctx, dot__node *base)
+{
+    dot__gather job;
+    bool accumulate;
+    dot_tensor *dw = dot__grad_target(base->in[0], &accumulate);
+    if (!dw) return false;
+    dot__gather_job(&job, base->in[0], ((dot__gather_node *)base)->indices, true);
+    job.accumulate = accumulate;
+    job.dy = dot__array_of(base->out->grad);
+    job.dw = dot__array_of(dw);
+    ctx->backend->gather_backward(ctx, &job);
+    return true;
+}
+
+/* Checks a tensor of class numbers or row numbers. */
+static bool dot__indices_ok(const char *function, const dot_tensor *x, const dot_tensor *indices, int64_t limit)
+{
+    if (indices->ctx != x->ctx || (!indices->persistent && indices->step_id != x->ctx->step_id)) {
+        dot__fail(x->ctx, DOT_ERROR_STATE, "%s: indices of another context or an earlier step", function);
+        return false;
+    }
+    if (indices->dtype != DOT_I64) {
+        dot__fail(x->ctx, DOT_ERROR_DTYPE, "%s: indices of type %s, expected I64", function, dot__dtype_name(indices->dtype));
+        return false;
+    }
+    for (int lane = 0; lane < (dot__laned(indices) ? x->ctx->lanes : 1); ++lane)
+        for (int64_t i = 0; i < indices->size; ++i) {
+            int64_t v = ((const int64_t *)dot__at(indices, lane))[i];
+            if (v >= 0 && v < limit) continue;
+            dot__fail(x->ctx, DOT_ERROR_ARGUMENT, "%s: index " DOT__I64 ", expected 0.." DOT__I64, function, DOT__LL(v), DOT__LL(limit - 1));
+            return false;
+        }
+    return true;
+}
+
+dot_tensor *dot_embedding(dot_tensor *weight, dot_tensor *indices)
+{
+    dot_context *ctx = dot__enter("dot_embedding", weight, weight);
+    if (!ctx || !indices) return NULL;
+    if (weight->rank != 2 || indices->rank >= DOT_MAX_RANK) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "dot_embedding: weight %s, indices %s, expected [rows,size]", DOT__SHAPE(weight), DOT__SHAPE(indices));
+        return NULL;
+    }
+    if (!dot__indices_ok("dot_embedding", weight, indices, weight->shape[0])) return NULL;
+    int64_t shape[DOT_MAX_RANK];
+    memcpy(shape, indices->shape, sizeof shape);
+    shape[indices->rank] = weight->shape[1];
+    if (dot__shape_size(ctx, "dot_embedding", weight->dtype, indices->rank + 1, shape) < 0) return NULL;
+    dot_tensor *y = dot__step_tensor(ctx, weight->dtype, indices->rank + 1, shape, dot__laned(weight) || dot__laned(indices));
+    dot__gather_node *node;
+    dot__gather job;
+    if (!y || !dot__record(ctx, sizeof *node, dot__gather_backward, y, weight, NULL, NULL, &node)) return NULL;
+    if (node) node->indices = indices;
+    dot__gather_job(&job, weight, indices, dot__laned(y));
+    job.y = dot__array_of(y);
+    ctx->backend->gather(ctx, &job);
+    return y;
+}
+
+/* ---- shapes ---- */
+
+/* Another shape for the same elements. */
+static dot_tensor *dot__step_view(dot_tensor *x, int rank, const int64_t *shape)
+{
+    dot_tensor *t = (dot_tensor *)dot__step_alloc(x->ctx, sizeof *t);
+    if (!t) return NULL;
+    dot__tensor_init(t, x->ctx, x->dtype, rank, shape, x->size);
+    t->lane_stride = x->lane_stride;
+    t->data = x->data;
+    return t;
+}
+
+/* A first gradient needs no copy: it is the same memory under x's shape. */
+static bool dot__reshape_backward(dot_context *ctx, dot__node *base)
+{
+    dot_tensor *x = base->in[0];
+    bool accumulate;
+    if (!x->persistent && !x->grad) {
+        x->grad = dot__step_view(base->out->grad, x->rank, x->shape);
+        x->grad_pass = ctx->pass;
+        return x->grad != NULL;
+    }
+    dot_tensor *dx = dot__grad_target(x, &accumulate);
+    if (!dx) return false;
+    int64_t stride[DOT_MAX_RANK] = { 0 };
+    dot__contiguous_strides(x->rank, x->shape, stride);
+    dot__run_copy(ctx, x, stride, dot__array_of(dx), stride, dot__array_of(base->out->grad), 1.0, accumulate);
+    return true;
+}
+
+dot_tensor *dot_reshape(dot_tensor *x, int rank, const int64_t *shape)
+{
+    dot_context *ctx = dot__enter("dot_reshape", x, x);
+    if (!ctx) return NULL;
+    int64_t size[DOT_MAX_RANK], known = 1;
+    int unknown = -1;
+    bool ok = rank >= 0 && rank <= DOT_MAX_RANK && (rank == 0 || shape);
+    for (int i = 0; ok && i < rank; ++i) {
+        size[i] = shape[i];
+        if (shape[i] == -1 && unknown < 0) unknown = i;
+        else if (shape[i] < 0 || (shape[i] > 0 && known > INT64_MAX / 4 / shape[i])) ok = false;
+        else known *= shape[i];
+    }
+    if (ok && unknown >= 0) {
+        ok = known > 0 && x->size % known == 0;
+        if (ok) { size[unknown] = x->size / known; known = x->size; }
+    }
+    if (!ok || known != x->size) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "dot_reshape: %s does not make %s of " DOT__I64 " elements", DOT__SHAPE(x),
+                  shape && rank >= 0 ? dot__shape_text(rank, shape).text : "a shape", DOT__LL(x->size));
+        return NULL;
+    }
+    dot_tensor *y = dot__step_view(x, rank, size);
+    void *node;
+    return y && dot__record(ctx, sizeof(dot__node), dot__reshape_backward, y, x, NULL, NULL, &node) ? y : NULL;
+}
+
+dot_tensor *dot_detach(dot_tensor *x)
+{
+    return dot__enter("dot_detach", x, x) ? dot__step_view(x, x->rank, x->shape) : NULL;
+}
+
+/* permute, concat, slice and pad copy a box of one tensor to a box of another; backward copies back. */
+typedef struct dot__box {
+    int64_t shape[DOT_MAX_RANK];            /* of the box, in the order of the result */
+    int64_t x_stride[DOT_MAX_RANK], y_stride[DOT_MAX_RANK];
+    int64_t x_offset, y_offset;
+} dot__box;
+
+typedef struct dot__box_node { dot__node node; dot__box box; } dot__box_node;
+
+static void dot__copy_box(dot_context *ctx, const dot__box *box, const dot_tensor *x, const dot_tensor *y, bool back, bool accumulate)
+{
+    dot__copy job;
+    int64_t element = (int64_t)dot_dtype_size(x->dtype);
+    memset(&job, 0, sizeof job);
+    job.dtype = x->dtype;
+    job.laned = dot__laned(back ? x : y);
+    job.accumulate = accumulate;
+    job.scale = 1;
+    job.rank = y->rank;
+    memcpy(job.shape, box->shape, sizeof job.shape);
+    memcpy(job.to_stride, back ? box->x_stride : box->y_stride, sizeof job.to_stride);
+    memcpy(job.from_stride, back ? box->y_stride : box->x_stride, sizeof job.from_stride);
+    dot__array xs = dot__array_of(x), ys = dot__array_of(y);
+    xs.data += box->x_offset * element;
+    ys.data += box->y_offset * element;
+    job.to = back ? xs : ys;
+    job.from = back ? ys : xs;
+    ctx->backend->copy(ctx, &job);
+}
+
+static bool dot__box_backward(dot_context *ctx, dot__node *base)
+{
+    bool accumulate;
+    dot_tensor *x = base->in[0], *dx = dot__grad_target(x, &accumulate);
+    if (!dx) return false;
+    if (!accumulate) ctx->backend->fill(ctx, dx->dtype, true, dot__array_of(dx), dx->size, 0.0);   /* outside the box */
+    dot__copy_box(ctx, &((dot__box_node *)base)->box, dx, base->out->grad, true, true);
+    return true;
+}
+
+static bool dot__box_op(dot_context *ctx, const dot__box *box, dot_tensor *x, dot_tensor *y)
+{
+    dot__box_node *node;
+    if (!dot__record(ctx, sizeof *node, dot__box_backward, y, x, NULL, NULL, &node)) return false;
+    if (node) node->box = *box;
+    dot__copy_box(ctx, box, x, y, false, false);
+    return true;
+}
+
+dot_tensor *dot_permute(dot_tensor *x, const int *axes)
+{
+    dot_context *ctx = dot__enter("dot_permute", x, x);
+    if (!ctx || (!axes && x->rank > 0)) return NULL;
+    int64_t stride[DOT_MAX_RANK];
+    unsigned seen = 0;
+    dot__box box;
+    memset(&box, 0, sizeof box);
+    dot__contiguous_strides(x->rank, x->shape, stride);
+    for (int i = 0; i < x->rank; ++i) {
+        if (axes[i] < 0 || axes[i] >= x->rank || (seen >> axes[i] & 1u)) {
+            dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_permute: axis %d at position %d, expected each of 0..%d once", axes[i], i, x->rank - 1);
+            return NULL;
+        }
+        seen |= 1u << axes[i];
+        box.shape[i] = x->shape[axes[i]];
+        box.x_stride[i] = stride[axes[i]];
+    }
+    dot__contiguous_strides(x->rank, box.shape, box.y_stride);
+    dot_tensor *y = dot__step_tensor(ctx, x->dtype, x->rank, box.shape, dot__laned(x));
+    return y && dot__box_op(ctx, &box, x, y) ? y : NULL;
+}
+
+dot_tensor *dot_slice(dot_tensor *x, int axis, int64_t begin, int64_t end)
+{
+    dot_context *ctx = dot__enter("dot_slice", x, x);
+    if (!ctx || (axis = dot__axis_of("dot_slice", x, axis)) < 0) return NULL;
+    if (begin < 0 || end < begin || end > x->shape[axis]) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_slice: " DOT__I64 ".." DOT__I64 " of axis %d of %s", DOT__LL(begin), DOT__LL(end), axis,
+                  DOT__SHAPE(x));
+        return NULL;
+    }
+    dot__box box;
+    memset(&box, 0, sizeof box);
+    memcpy(box.shape, x->shape, sizeof box.shape);
+    box.shape[axis] = end - begin;
+    dot__contiguous_strides(x->rank, x->shape, box.x_stride);
+    dot__contiguous_strides(x->rank, box.shape, box.y_stride);
+    box.x_offset = begin * box.x_stride[axis];
+    dot_tensor *y = dot__step_tensor(ctx, x->dtype, x->rank, box.shape, dot__laned(x));
+    return y && dot__box_op(ctx, &box, x, y) ? y : NULL;
+}
+
+dot_tensor *dot_pad(dot_tensor *x, const int64_t *before, const int64_t *after, double value)
+{
+    dot_context *ctx = dot__enter("dot_pad", x, x);
+    if (!ctx || !before || !after) return NULL;
+    dot__box box;
+    int64_t shape[DOT_MAX_RANK];
+    memset(&box, 0, sizeof box);
+    for (int i = 0; i < x->rank; ++i) {
+        if (before[i] < 0 || after[i] < 0 || before[i] > INT64_MAX / 8 || after[i] > INT64_MAX / 8) {
+            dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_pad: " DOT__I64 " before and " DOT__I64 " after on axis %d, expected 0 or more",
+                      DOT__LL(before[i]), DOT__LL(after[i]), i);
+            return NULL;
+        }
+        box.shape[i] = x->shape[i];
+        shape[i] = before[i] + x->shape[i] + after[i];
+    }
+    if (dot__shape_size(ctx, "dot_pad", x->dtype, x->rank, shape) < 0) return NULL;
+    dot__contiguous_strides(x->rank, x->shape, box.x_stride);
+    dot__contiguous_strides(x->rank, shape, box.y_stride);
+    for (int i = 0; i < x->rank; ++i) box.y_offset += before[i] * box.y_stride[i];
+    dot_tensor *y = dot__step_tensor(ctx, x->dtype, x->rank, shape, dot__laned(x));
+    if (!y) return NULL;
+    ctx->backend->fill(ctx, y->dtype, dot__laned(y), dot__array_of(y), y->size, value);
+    return dot__box_op(ctx, &box, x, y) ? y : NULL;
+}
+
+/* Each argument is recorded as a box of the result; their nodes share it. */
+dot_tensor *dot_concat(dot_tensor *const *tensors, int count, int axis)
+{
+    if (!tensors || count < 1 || !tensors[0]) return NULL;
+    dot_tensor *first = tensors[0];
+    dot_context *ctx = dot__enter("dot_concat", first, first);
+    if (!ctx || (axis = dot__axis_of("dot_concat", first, axis)) < 0) return NULL;
+    int64_t shape[DOT_MAX_RANK];
+    bool laned = false;
+    memcpy(shape, first->shape, sizeof shape);
+    shape[axis] = 0;
+    for (int t = 0; t < count; ++t) {
+        if (!dot__enter("dot_concat", first, tensors[t])) return NULL;
+        bool fits = tensors[t]->rank == first->rank;
+        for (int i = 0; fits && i < first->rank; ++i) fits = i == axis || tensors[t]->shape[i] == first->shape[i];
+        if (!fits) {
+            dot__fail(ctx, DOT_ERROR_SHAPE, "dot_concat: shapes %s and %s differ in more than axis %d", DOT__SHAPE(first),
+                      DOT__SHAPE(tensors[t]), axis);
+            return NULL;
+        }
+        shape[axis] += tensors[t]->shape[axis];
+        laned = laned || dot__laned(tensors[t]);
+    }
+    dot_tensor *y = dot__step_tensor(ctx, first->dtype, first->rank, shape, laned);
+    int64_t at = 0;
+    for (int t = 0; y && t < count; ++t) {
+        dot__box box;
+        memset(&box, 0, sizeof box);
+        memcpy(box.shape, tensors[t]->shape, sizeof box.shape);
+        dot__contiguous_strides(first->rank, tensors[t]->shape, box.x_stride);
+        dot__contiguous_strides(first->rank, shape, box.y_stride);
+        box.y_offset = at * box.y_stride[axis];
+        at += tensors[t]->shape[axis];
+        if (!dot__box_op(ctx, &box, tensors[t], y)) return NULL;
+    }
+    return y;
+}
+
+/* ==== [7 layers] =================================================================================== */
+
+/* A parameter knows PyTorch's view of itself: `shape` in PyTorch's order, where one reported axis may be split into several
+   (a linear layer after a flatten: [out, C*S] is [out, C, S]); axis i lies at position `axis[i]` of the stored order. */
+typedef struct dot__layout { int rank; int64_t shape[DOT_MAX_RANK]; int axis[DOT_MAX_RANK]; } dot__layout;
+
+typedef struct dot__parameter {
+    struct dot__parameter *next;
+    char name[DOT_MAX_NAME];
+    dot_parameter_kind kind;
+    dot_tensor *tensor;
+    dot__layout layout;
+    int rank;                       /* reported */
+    int64_t shape[DOT_MAX_RANK];
+} dot__parameter;
+
+struct dot_layer {
+    dot_context *ctx;
+    const char *kind;
+    char name[DOT_MAX_NAME];
+    dot_layer *parent, *children, *next;                /* first child; next sibling */
+    dot__parameter *parameters;
+    dot_tensor *(*forward)(dot_layer *layer, dot_tensor *x, dot_activation act);
+    bool fuses;                                         /* forward applies `act` itself */
+    bool elementwise;                                   /* does not care about the order of features */
+    dot_activation activation;                          /* what a layer before it may apply in its stead */
+    dot_forward_function custom;
+    void *user;
+    dot_tensor *weight, *bias, *mean, *var, *batches;
+    dot_conv_options conv;
+    dot_pool_options pool;
+    bool transposed, absorbed;
+    double p, q;
+    int groups;
+    int64_t in, out;                                    /* features or channels */
+    int64_t in_channels, out_channels;                  /* linear: how its features split into channels, or 0 */
+    int64_t size[4];                                    /* unflatten: depth, height, width, channels */
+};
+
+/* ---- the tree ---- */
+
+static bool dot__name_ok(dot_context *ctx, const char *function, const char *name)
+{
+    size_t n = name ? strlen(name) : 0;
+    if (n > 0 && n < DOT_MAX_NAME && !strchr(name, '.')) return true;
+    dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: name \"%.40s\", expected 1 to %d bytes without a point", function, name ? name : "(NULL)",
+              DOT_MAX_NAME - 1);
+    return false;
+}
+
+static dot_layer *dot__layer_new(dot_context *ctx, const char *kind, dot_tensor *(*forward)(dot_layer *, dot_tensor *, dot_activation))
+{
+    if (!dot_ok(ctx)) return NULL;
+    dot_layer *layer = (dot_layer *)dot__new(ctx, sizeof *layer);
+    if (!layer) return NULL;
+    layer->ctx = ctx;
+    layer->kind = kind;
+    layer->forward = forward;
+    return layer;
+}
+
+static bool dot__adopt(const char *function, dot_layer *parent, const char *name, dot_layer *child)
+{
+    dot_context *ctx = parent->ctx;
+    if (child->ctx != ctx) {
+        dot__fail(ctx, DOT_ERROR_STATE, "%s: layer \"%s\" of another context", function, child->kind);
+        return false;
+    }
+    bool cycle = false;
+    for (dot_layer *up = parent; up; up = up->parent) cycle = cycle || up == child;
+    if (child->parent || cycle) {
+        dot__fail(ctx, DOT_ERROR_STATE, "%s: layer \"%s\" %s", function, child->kind,
+                  cycle ? "would contain itself" : "has a parent already");
+        return false;
+    }
+    dot_layer **link = &parent->children;
+    for (; *link; link = &(*link)->next)
+        if (strcmp((*link)->name, name) == 0) {
+            dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: two children named \"%s\"", function, name);
+            return false;
+        }
+    memmove(child->name, name, strlen(name) + 1);
+    child->parent = parent;
+    *link = child;
+    return true;
+}
+
+bool dot_layer_add_child(dot_layer *parent, const char *name, dot_layer *child)
+{
+    return parent && child && dot_ok(parent->ctx) && dot__name_ok(parent->ctx, "dot_layer_add_child", name)
+        && dot__adopt("dot_layer_add_child", parent, name, child);
+}
+
+dot_layer *dot_layer_name(dot_layer *layer, const char *name)
+{
+    if (!layer || !dot_ok(layer->ctx) || !dot__name_ok(layer->ctx, "dot_layer_name", name)) return NULL;
+    for (dot_layer *other = layer->parent ? layer->parent->children : NULL; other; other = other->next)
+        if (other != layer && strcmp(other->name, name) == 0) {
+            dot__fail(layer->ctx, DOT_ERROR_ARGUMENT, "dot_layer_name: two children named \"%s\"", name);
+            return NULL;
+        }
+    memcpy(layer->name, name, strlen(name) + 1);
+    return layer;
+}
+
+/* ---- parameters ---- */
+
+static dot__parameter *dot__add_parameter(dot_layer *layer, const char *function, const char *name, dot_parameter_kind kind,
+                                          dot_dtype dtype, int rank, const int64_t *shape)
+{
+    dot_context *ctx = layer->ctx;
+    dot__parameter **link = &layer->parameters;
+    for (; *link; link = &(*link)->next)
+        if (strcmp((*link)->name, name) == 0) {
+            dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: two parameters named \"%s\"", function, name);
+            return NULL;
+        }
+    int64_t size = dot__shape_size(ctx, function, dtype, rank, shape);
+    if (size < 0) return NULL;
+    dot__parameter *p = (dot__parameter *)dot__new(ctx, sizeof *p);
+    dot_tensor *t = p ? dot__persistent_tensor(ctx, dtype, rank, shape, size) : NULL;
+    if (!t) {
+        dot__delete(ctx, p);
+        return NULL;
+    }
+    memcpy(p->name, name, strlen(name) + 1);
+    p->kind = kind;
+    p->tensor = t;
+    p->rank = p->layout.rank = rank;
+    for (int i = 0; i < rank; ++i) {
+        p->shape[i] = p->layout.shape[i] = shape[i];
+        p->layout.axis[i] = i;
+    }
+    t->requires_grad = kind != DOT_KIND_BUFFER;
+    *link = p;
+    return p;
+}
+
+dot_tensor *dot_layer_add_parameter(dot_layer *layer, const char *name, dot_parameter_kind kind, int rank, const int64_t *shape)
+{
+    if (!layer || !dot_ok(layer->ctx) || !dot__name_ok(layer->ctx, "dot_layer_add_parameter", name)) return NULL;
+    if (kind != DOT_KIND_WEIGHT && kind != DOT_KIND_BIAS && kind != DOT_KIND_NORM && kind != DOT_KIND_EMBEDDING && kind != DOT_KIND_BUFFER) {
+        dot__fail(layer->ctx, DOT_ERROR_ARGUMENT, "dot_layer_add_parameter: kind %d, expected one DOT_KIND_...", (int)kind);
+        return NULL;
+    }
+    dot__parameter *p = dot__add_parameter(layer, "dot_layer_add_parameter", name, kind, layer->ctx->dtype, rank, shape);
+    return p ? p->tensor : NULL;
+}
+
+/* Stored element of each of PyTorch's elements, in PyTorch's order. */
+typedef struct dot__torch_walk { const dot__layout *layout; int64_t at[DOT_MAX_RANK], stride[DOT_MAX_RANK], offset; } dot__torch_walk;
+
+static dot__torch_walk dot__torch_begin(const dot__layout *layout)
+{
+    dot__torch_walk w;
+    int64_t stored[DOT_MAX_RANK], stride[DOT_MAX_RANK];
+    memset(&w, 0, sizeof w);
+    w.layout = layout;
+    for (int i = 0; i < layout->rank; ++i) stored[layout->axis[i]] = layout->shape[i];
+    dot__contiguous_strides(layout->rank, stored, stride);
+    for (int i = 0; i < layout->rank; ++i) w.stride[i] = stride[layout->axis[i]];
+    return w;
+}
+
+DOT__INLINE void dot__torch_next(dot__torch_walk *w)
+{
+    for (int i = w->layout->rank - 1; i >= 0; --i) {
+        w->offset += w->stride[i];
+        if (++w->at[i] < w->layout->shape[i]) return;
+        w->offset -= w->at[i] * w->stride[i];
+        w->at[i] = 0;
+    }
+}
+
+static void dot__torch_get(const dot__layout *layout, dot_dtype dtype, const void *data, int64_t count, double *out)
+{
+    dot__torch_walk w = dot__torch_begin(layout);
+    for (int64_t i = 0; i < count; ++i, dot__torch_next(&w)) out[i] = dot__load(data, dtype, w.offset);
+}
+
+static void dot__torch_set(const dot__layout *layout, dot_dtype dtype, void *data, int64_t count, const double *values)
+{
+    dot__torch_walk w = dot__torch_begin(layout);
+    for (int64_t i = 0; i < count; ++i, dot__torch_next(&w)) dot__store(data, dtype, w.offset, values[i]);
+}
+
+/* Calls visit(user, full name, parameter) for the parameters of the layer and all below it; stops where it returns false. */
+typedef bool (*dot__visitor)(void *user, const char *name, dot__parameter *p);
+static bool dot__visit(dot_layer *layer, const char *prefix, dot__visitor visit, void *user)
+{
+    char name[DOT_MAX_NAME * 2];
+    for (dot__parameter *p = layer->parameters; p; p = p->next) {
+        if (snprintf(name, sizeof name, "%s%s", prefix, p->name) >= DOT_MAX_NAME) {
+            dot__fail(layer->ctx, DOT_ERROR_ARGUMENT, "dotopt: parameter name %.60s... is longer than %d bytes", name, DOT_MAX_NAME - 1);
+            return false;
+        }
+        if (!visit(user, name, p)) return false;
+    }
+    for (dot_layer *child = layer->children; child; child = child->next) {
+        snprintf(name, sizeof name, "%s%s.", prefix, child->name);
+        if (!dot__visit(child, name, visit, user)) return false;
+    }
+    return true;
+}
+
+typedef struct dot__lookup {
+    int index, wanted;                          /* by number, or */
+    const char *name;                           /* by name */
+    dot__parameter *found;
+    char found_name[DOT_MAX_NAME];
+    int64_t elements;                           /* trainable ones seen */
+} dot__lookup;
+
+static bool dot__lookup_visit(void *user, const char *name, dot__parameter *p)
+{
+    dot__lookup *l = (dot__lookup *)user;
+    if (p->kind != DOT_KIND_BUFFER) l->elements += p->tensor->size;
+    if (l->name ? strcmp(l->name, name) == 0 : l->index == l->wanted) {
+        l->found = p;
+        memcpy(l->found_name, name, strlen(name) + 1);
+    }
+    l->index++;
+    return true;
+}
+
+static dot__lookup dot__find(dot_layer *layer, const char *name, int index)
+{
+    dot__lookup l;
+    memset(&l, 0, sizeof l);
+    l.name = name;
+    l.wanted = index;
+    dot__visit(layer, "", dot__lookup_visit, &l);
+    return l;
+}
+
+int dot_layer_parameters(dot_layer *layer) { return layer ? dot__find(layer, NULL, -1).index : 0; }
+int64_t dot_layer_parameter_count(dot_layer *layer) { return layer ? dot__find(layer, NULL, -1).elements : 0; }
+
+bool dot_layer_parameter(dot_layer *layer, int index, dot_parameter_info *info)
+{
+    if (!layer || !info) return false;
+    dot__lookup l = dot__find(layer, NULL, index);
+    if (!l.found) {
+        dot__fail(layer->ctx, DOT_ERROR_ARGUMENT, "dot_layer_parameter: index %d, expected 0..%d", index, l.index - 1);
+        return false;
+    }
+    memset(info, 0, sizeof *info);
+    memcpy(info->name, l.found_name, sizeof info->name);
+    info->kind = l.found->kind;
+    info->tensor = l.found->tensor;
+    info->rank = l.found->rank;
+    memcpy(info->shape, l.found->shape, sizeof info->shape);
+    return true;
+}
+
+static dot__parameter *dot__named(const char *function, dot_layer *layer, const char *name)
+{
+    dot__parameter *p = name ? dot__find(layer, name, -1).found : NULL;
+    if (!p) dot__fail(layer->ctx, DOT_ERROR_ARGUMENT, "%s: no parameter \"%.60s\"", function, name ? name : "(NULL)");
+    return p;
+}
+
+bool dot_parameter_get(dot_layer *layer, const char *name, int lane, double *out, int64_t count)
+{
+    dot__parameter *p = layer ? dot__named("dot_parameter_get", layer, name) : NULL;
+    if (!p || !dot__transfer_ok("dot_parameter_get", p->tensor, lane, out, count, false)) return false;
+    dot__torch_get(&p->layout, p->tensor->dtype, dot__at(p->tensor, lane), count, out);
+    return true;
+}
+
+bool dot_parameter_set(dot_layer *layer, const char *name, int lane, const double *values, int64_t count)
+{
+    dot__parameter *p = layer ? dot__named("dot_parameter_set", layer, name) : NULL;
+    if (!p || !dot__transfer_ok("dot_parameter_set", p->tensor, lane, values, count, true)) return false;
+    for (int k = 0; k < layer->ctx->lanes; ++k)
+        if (lane == DOT_ALL || lane == k) dot__torch_set(&p->layout, p->tensor->dtype, dot__at(p->tensor, k), count, values);
+    return true;
+}
+
+bool dot_parameter_grad(dot_layer *layer, const char *name, int lane, double *out, int64_t count)
+{
+    dot__parameter *p = layer ? dot__named("dot_parameter_grad", layer, name) : NULL;
+    if (!p || !dot__transfer_ok("dot_parameter_grad", p->tensor, lane, out, count, false)) return false;
+    dot_tensor *g = dot_tensor_grad(p->tensor);
+    if (g) dot__torch_get(&p->layout, g->dtype, dot__at(g, lane), count, out);
+    else for (int64_t i = 0; i < count; ++i) out[i] = 0;
+    return true;
+}
+
+static bool dot__zero_grad_visit(void *user, const char *name, dot__parameter *p)
+{
+    (void)user; (void)name;
+    p->tensor->has_grad = false;
+    return true;
+}
+
+bool dot_zero_grad(dot_layer *layer) { return layer && dot__visit(layer, "", dot__zero_grad_visit, NULL); }
+
+/* ---- initialisation: element i in PyTorch's order is draw i of the parameter's stream ---- */
+
+static void dot__init_random(dot__parameter *p, bool normal, double scale)
+{
+    dot_context *ctx = p->tensor->ctx;
+    uint64_t stream = DOT__STREAM_INIT + ctx->inits++;
+    double pair[2];
+    for (int lane = 0; lane < ctx->lanes; ++lane) {
+        dot__torch_walk w = dot__torch_begin(&p->layout);
+        for (int64_t i = 0; i < p->tensor->size; ++i, dot__torch_next(&w)) {
+            double value;
+            if (normal) value = scale * dot_random_normal(ctx->lane_seeds[lane], stream, (uint64_t)i);
+            else {
+                if (i % 2 == 0) dot__random_pair(ctx->lane_seeds[lane], stream, (uint64_t)i / 2, pair);
+                value = scale * (2 * pair[i % 2] - 1);
+            }
+            dot__store(dot__at(p->tensor, lane), p->tensor->dtype, w.offset, value);
+        }
+    }
+}
+
+static void dot__init_constant(dot_tensor *t, double value)
+{
+    for (int lane = 0; lane < t->ctx->lanes; ++lane)
+        for (int64_t i = 0; i < t->size; ++i) dot__store(dot__at(t, lane), t->dtype, i, value);
+}
+
+/* PyTorch's fans, from its shape [a, b, k...]: fan_in b k, fan_out a k. */
+static void dot__fans(const dot__parameter *p, double *fan_in, double *fan_out)
+{
+    double field = 1;
+    for (int i = 2; i < p->rank; ++i) field *= (double)p->shape[i];
+    *fan_in = p->rank > 1 ? (double)p->shape[1] * field : 1;
+    *fan_out = p->rank > 0 ? (double)p->shape[0] * field : 1;
+}
+
+/* Rows (or columns, whichever are fewer) of a normal random matrix, made orthonormal by Gram-Schmidt, twice for precision. */
+static bool dot__init_orthogonal(dot__parameter *p, double gain)
+{
+    dot_context *ctx = p->tensor->ctx;
+    int64_t count = p->tensor->size, rows = p->shape[0], cols = rows ? count / rows : 0;
+    bool tall = rows > cols;
+    int64_t n = tall ? cols : rows, m = tall ? rows : cols;
+    double *q = (double *)dot__new(ctx, (size_t)count * 2 * sizeof(double)), *values = q + count;
+    if (!q) return false;
+    uint64_t stream = DOT__STREAM_INIT + ctx->inits++;
+    for (int lane = 0; lane < ctx->lanes; ++lane) {
+        for (int64_t i = 0; i < count; ++i) q[i] = dot_random_normal(ctx->lane_seeds[lane], stream, (uint64_t)i);
+        for (int64_t i = 0; i < n; ++i) {
+            double *row = q + i * m, norm = 0;
+            for (int64_t j = 0; j < 2 * i; ++j) {
+                const double *other = q + j % i * m;
+                double product = 0;
+                for (int64_t k = 0; k < m; ++k) product += row[k] * other[k];
+                for (int64_t k = 0; k < m; ++k) row[k] -= product * other[k];
+            }
+            for (int64_t k = 0; k < m; ++k) norm += row[k] * row[k];
+            for (int64_t k = 0; k < m; ++k) row[k] /= sqrt(norm);
+        }
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < cols; ++j) values[i * cols + j] = gain * (tall ? q[j * m + i] : q[i * m + j]);
+        dot__torch_set(&p->layout, p->tensor->dtype, dot__at(p->tensor, lane), count, values);
+    }
+    dot__delete(ctx, q);
+    return true;
+}
+
+bool dot_parameter_init(dot_layer *layer, const char *name, dot_init init, double gain)
+{
+    if (!layer || !dot_ok(layer->ctx)) return false;
+    dot__parameter *p = dot__named("dot_parameter_init", layer, name);
+    if (!p) return false;
+    double fan_in, fan_out;
+    dot__fans(p, &fan_in, &fan_out);
+    bool needs_matrix = init != DOT_INIT_ZEROS && init != DOT_INIT_ONES;
+    if (!dot__finite(gain) || gain == 0 || (unsigned)init > DOT_INIT_ORTHOGONAL || (needs_matrix && p->rank < 2)) {
+        dot__fail(layer->ctx, DOT_ERROR_ARGUMENT, "dot_parameter_init: \"%.60s\" %s with init %d and gain %g, expected a matrix, DOT_INIT_... and a gain",
+                  name, dot__shape_text(p->rank, p->shape).text, (int)init, gain);
+        return false;
+    }
+    switch (init) {
+    case DOT_INIT_ZEROS:           dot__init_constant(p->tensor, 0); break;
+    case DOT_INIT_ONES:            dot__init_constant(p->tensor, 1); break;
+    case DOT_INIT_XAVIER_UNIFORM:  dot__init_random(p, false, gain * sqrt(6 / (fan_in + fan_out))); break;
+    case DOT_INIT_XAVIER_NORMAL:   dot__init_random(p, true, gain * sqrt(2 / (fan_in + fan_out))); break;
+    case DOT_INIT_KAIMING_UNIFORM: dot__init_random(p, false, gain * sqrt(3 / fan_in)); break;
+    case DOT_INIT_KAIMING_NORMAL:  dot__init_random(p, true, gain / sqrt(fan_in)); break;
+    default:                       return dot__init_orthogonal(p, gain);
+    }
+    return true;
+}
+
+/* Weight and bias uniform in +-1/sqrt(fan_in of the weight), as PyTorch's layers begin. */
+static void dot__init_default(dot__parameter *weight, dot__parameter *bias)
+{
+    double fan_in, fan_out;
+    dot__fans(weight, &fan_in, &fan_out);
+    double bound = fan_in > 0 ? 1 / sqrt(fan_in) : 0;
+    dot__init_random(weight, false, bound);
+    if (bias) dot__init_random(bias, false, bound);
+}
+
+/* ---- linear ---- */
+
+static dot_tensor *dot__linear_forward(dot_layer *l, dot_tensor *x, dot_activation act) { return dot_linear(x, l->weight, l->bias, act); }
+
+/* PyTorch's [out, in], either axis split into [channels, positions] where a flatten or unflatten is absorbed; stored as
+   [in positions, in channels, out positions, out channels]. */
+static void dot__linear_layout(const dot_layer *l, dot__layout *weight, dot__layout *bias)
+{
+    int64_t ci = l->in_channels ? l->in_channels : 1, co = l->out_channels ? l->out_channels : 1;
+    weight->rank = 4;
+    bias->rank = 2;
+    weight->shape[0] = bias->shape[0] = l->out_channels ? co : l->out;
+    weight->shape[1] = bias->shape[1] = l->out_channels ? l->out / co : 1;
+    weight->shape[2] = l->in_channels ? ci : l->in;
+    weight->shape[3] = l->in_channels ? l->in / ci : 1;
+    for (int i = 0; i < 4; ++i) weight->axis[i] = 3 - i;
+    for (int i = 0; i < 2; ++i) bias->axis[i] = 1 - i;
+}
+
+static dot_layer *dot__linear_new(dot_context *ctx, const char *function, int64_t in, int64_t out, bool with_bias)
+{
+    if (dot_ok(ctx) && (in < 1 || out < 1))
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: in " DOT__I64 ", out " DOT__I64 ", expected 1 or more", function, DOT__LL(in), DOT__LL(out));
+    dot_layer *l = dot__layer_new(ctx, "linear", dot__linear_forward);
+    if (!l) return NULL;
+    int64_t shape[2] = { in, out };
+    dot__parameter *w = dot__add_parameter(l, function, "weight", DOT_KIND_WEIGHT, ctx->dtype, 2, shape), *b = NULL;
+    dot__layout unused;
+    if (!w || (with_bias && !(b = dot__add_parameter(l, function, "bias", DOT_KIND_BIAS, ctx->dtype, 1, &out)))) return NULL;
+    l->in = in;
+    l->out = out;
+    l->fuses = true;
+    l->weight = w->tensor;
+    l->bias = b ? b->tensor : NULL;
+    w->shape[0] = out;
+    w->shape[1] = in;
+    dot__linear_layout(l, &w->layout, b ? &b->layout : &unused);
+    dot__init_default(w, b);
+    return l;
+}
+
+dot_layer *dot_nn_linear(dot_context *ctx, int64_t in, int64_t out) { return dot__linear_new(ctx, "dot_nn_linear", in, out, true); }
+dot_layer *dot_nn_linear_no_bias(dot_context *ctx, int64_t in, int64_t out) { return dot__linear_new(ctx, "dot_nn_linear_no_bias", in, out, false); }
+
+/* Changes how the features split, and keeps the weights what they are in PyTorch's order. */
+static bool dot__linear_split(dot_layer *l, int64_t in_channels, int64_t out_channels)
+{
+    dot_context *ctx = l->ctx;
+    dot__parameter *w = l->parameters, *b = w->next;
+    dot__layout layout[2];
+    double *values = (double *)dot__new(ctx, (size_t)w->tensor->size * sizeof(double));
+    if (!values) return false;
+    if (in_channels) l->in_channels = in_channels;
+    if (out_channels) l->out_channels = out_channels;
+    dot__linear_layout(l, &layout[0], &layout[1]);
+    for (dot__parameter *p = w; p; p = p == w ? b : NULL) {
+        const dot__layout *to = &layout[p == w ? 0 : 1];
+        for (int lane = 0; lane < ctx->lanes; ++lane) {
+            dot__torch_get(&p->layout, p->tensor->dtype, dot__at(p->tensor, lane), p->tensor->size, values);
+            dot__torch_set(to, p->tensor->dtype, dot__at(p->tensor, lane), p->tensor->size, values);
+        }
+        p->layout = *to;
+    }
+    dot__delete(ctx, values);
+    return true;
+}
+
+/* ---- convolution ---- */
+
+static dot_tensor *dot__conv_forward(dot_layer *l, dot_tensor *x, dot_activation act)
+{
+    return l->transposed ? dot_conv_transpose(x, l->weight, l->bias, &l->conv, act) : dot_conv(x, l->weight, l->bias, &l->conv, act);
+}
+
+static dot_layer *dot__conv_new(dot_context *ctx, const char *function, int dims, bool transposed, int64_t in, int64_t out,
+                                const dot_conv_options *options)
+{
+    dot_conv_options o = dot_conv_defaults();
+    dot__conv_sizes s;
+    if (options) o = *options;
+    if (!dot_ok(ctx) || !dot__conv_sizes_of(ctx, function, &o, dims, transposed, &s)) return NULL;
+    if (in < 1 || out < 1 || in % o.groups != 0 || out % o.groups != 0) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: " DOT__I64 " to " DOT__I64 " channels in %d groups, expected multiples of the groups, 1 or more",
+                  function, DOT__LL(in), DOT__LL(out), o.groups);
+        return NULL;
+    }
+    dot_layer *l = dot__layer_new(ctx, "conv", dot__conv_forward);
+    if (!l) return NULL;
+    int64_t shape[5];
+    for (int i = 0; i < dims; ++i) shape[i] = s.kernel[3 - dims + i];
+    shape[dims] = (transposed ? out : in) / o.groups;
+    shape[dims + 1] = transposed ? in : out;
+    dot__parameter *w = dot__add_parameter(l, function, "weight", DOT_KIND_WEIGHT, ctx->dtype, dims + 2, shape), *b = NULL;
+    if (!w || (o.bias && !(b = dot__add_parameter(l, function, "bias", DOT_KIND_BIAS, ctx->dtype, 1, &out)))) return NULL;
+    for (int i = 0; i < dims + 2; ++i) {        /* PyTorch: last two axes first, in reverse, then the kernel */
+        w->layout.axis[i] = i == 0 ? dims + 1 : i == 1 ? dims : i - 2;
+        w->shape[i] = w->layout.shape[i] = shape[w->layout.axis[i]];
+    }
+    l->in = in;
+    l->out = out;
+    l->fuses = true;
+    l->conv = o;
+    l->transposed = transposed;
+    l->weight = w->tensor;
+    l->bias = b ? b->tensor : NULL;
+    dot__init_default(w, b);
+    return l;
+}
+
+#define DOT__CONV_LAYER(name, dims, transposed) \
+    dot_layer *dot_nn_##name(dot_context *ctx, int64_t in, int64_t out, const dot_conv_options *options) \
+    { return dot__conv_new(ctx, "dot_nn_" #name, dims, transposed, in, out, options); }
+DOT__CONV_LAYER(conv1d, 1, false)
+DOT__CONV_LAYER(conv2d, 2, false)
+DOT__CONV_LAYER(conv3d, 3, false)
+DOT__CONV_LAYER(conv_transpose1d, 1, true)
+DOT__CONV_LAYER(conv_transpose2d, 2, true)
+DOT__CONV_LAYER(conv_transpose3d, 3, true)
+
+/* ---- layers without parameters ---- */
+
+static dot_tensor *dot__max_pool_forward(dot_layer *l, dot_tensor *x, dot_activation act)   { (void)act; return dot_max_pool(x, &l->pool); }
+static dot_tensor *dot__avg_pool_forward(dot_layer *l, dot_tensor *x, dot_activation act)   { (void)act; return dot_avg_pool(x, &l->pool); }
+static dot_tensor *dot__dropout_forward(dot_layer *l, dot_tensor *x, dot_activation act)    { (void)act; return dot_dropout(x, l->p); }
+static dot_tensor *dot__relu_forward(dot_layer *l, dot_tensor *x, dot_activation act)       { (void)l; (void)act; return dot_relu(x); }
+static dot_tensor *dot__leaky_relu_forward(dot_layer *l, dot_tensor *x, dot_activation act) { (void)act; return dot_leaky_relu(x, l->p); }
+static dot_tensor *dot__gelu_forward(dot_layer *l, dot_tensor *x, dot_activation act)       { (void)l; (void)act; return dot_gelu(x); }
+static dot_tensor *dot__silu_forward(dot_layer *l, dot_tensor *x, dot_activation act)       { (void)l; (void)act; return dot_silu(x); }
+static dot_tensor *dot__sigmoid_forward(dot_layer *l, dot_tensor *x, dot_activation act)    { (void)l; (void)act; return dot_sigmoid(x); }
+static dot_tensor *dot__tanh_forward(dot_layer *l, dot_tensor *x, dot_activation act)       { (void)l; (void)act; return dot_tanh(x); }
+static dot_tensor *dot__softplus_forward(dot_layer *l, dot_tensor *x, dot_activation act)   { (void)l; (void)act; return dot_softplus(x, 1, 20); }
+
+static dot_layer *dot__activation_layer(dot_context *ctx, const char *kind, dot_tensor *(*forward)(dot_layer *, dot_tensor *, dot_activation),
+                                        dot_activation activation, double p)
+{
+    dot_layer *l = dot__layer_new(ctx, kind, forward);
+    if (!l) return NULL;
+    l->elementwise = true;
+    l->activation = activation;
+    l->p = p;
+    return l;
+}
+
+dot_layer *dot_nn_relu(dot_context *ctx)     { return dot__activation_layer(ctx, "relu", dot__relu_forward, DOT_RELU, 0); }
+dot_layer *dot_nn_gelu(dot_context *ctx)     { return dot__activation_layer(ctx, "gelu", dot__gelu_forward, DOT_NONE, 0); }
+dot_layer *dot_nn_silu(dot_context *ctx)     { return dot__activation_layer(ctx, "silu", dot__silu_forward, DOT_NONE, 0); }
+dot_layer *dot_nn_sigmoid(dot_context *ctx)  { return dot__activation_layer(ctx, "sigmoid", dot__sigmoid_forward, DOT_SIGMOID, 0); }
+dot_layer *dot_nn_tanh(dot_context *ctx)     { return dot__activation_layer(ctx, "tanh", dot__tanh_forward, DOT_TANH, 0); }
+dot_layer *dot_nn_softplus(dot_context *ctx) { return dot__activation_layer(ctx, "softplus", dot__softplus_forward, DOT_NONE, 0); }
+
+dot_layer *dot_nn_leaky_relu(dot_context *ctx, double slope)
+{
+    if (dot_ok(ctx) && !dot__finite(slope))
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_nn_leaky_relu: slope %g, expected a finite number", slope);
+    return dot__activation_layer(ctx, "leaky_relu", dot__leaky_relu_forward, DOT_NONE, slope);
+}
+
+dot_layer *dot_nn_dropout(dot_context *ctx, double p)
+{
+    if (dot_ok(ctx) && !(p >= 0 && p <= 1)) dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_nn_dropout: p %g, expected 0 to 1", p);
+    dot_layer *l = dot__layer_new(ctx, "dropout", dot__dropout_forward);
+    if (l) l->p = p;
+    return l;
+}
+
+static dot_layer *dot__pool_layer(dot_context *ctx, const char *function, const dot_pool_options *options,
+                                  dot_tensor *(*forward)(dot_layer *, dot_tensor *, dot_activation))
+{
+    if (dot_ok(ctx) && options && options->magic != DOT__MAGIC_POOL)
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: options not filled by dot_pool_defaults (magic 0x%08x)", function, (unsigned)options->magic);
+    dot_layer *l = dot__layer_new(ctx, "pool", forward);
+    if (l) l->pool = options ? *options : dot_pool_defaults();
+    return l;
+}
+
+dot_layer *dot_nn_max_pool(dot_context *ctx, const dot_pool_options *options) { return dot__pool_layer(ctx, "dot_nn_max_pool", options, dot__max_pool_forward); }
+dot_layer *dot_nn_avg_pool(dot_context *ctx, const dot_pool_options *options) { return dot__pool_layer(ctx, "dot_nn_avg_pool", options, dot__avg_pool_forward); }
+
+/* ---- flatten and unflatten: PyTorch's feature order is channels first ---- */
+
+static dot_tensor *dot__flatten_forward(dot_layer *l, dot_tensor *x, dot_activation act)
+{
+    (void)act;
+    if (!dot__enter("dot_nn_flatten", x, x)) return NULL;
+    if (x->rank < 2 || (l->absorbed && x->shape[x->rank - 1] != l->in)) {
+        dot__fail(x->ctx, DOT_ERROR_SHAPE, "dot_nn_flatten: input %s, expected [N,...] with " DOT__I64 " channels", DOT__SHAPE(x), DOT__LL(l->in));
+        return NULL;
+    }
+    int64_t features = 1, shape[2];
+    for (int i = 1; i < x->rank; ++i) features *= x->shape[i];
+    shape[0] = x->shape[0];
+    shape[1] = features;
+    if (!l->absorbed && x->rank > 2 && x->shape[x->rank - 1] > 1) {
+        int axes[DOT_MAX_RANK] = { 0 };
+        axes[1] = x->rank - 1;
+        for (int i = 2; i < x->rank; ++i) axes[i] = i - 1;
+        x = dot_permute(x, axes);
+    }
+    return dot_reshape(x, 2, shape);
+}
+
+static dot_tensor *dot__unflatten_forward(dot_layer *l, dot_tensor *x, dot_activation act)
+{
+    (void)act;
+    if (!dot__enter("dot_nn_unflatten", x, x)) return NULL;
+    int64_t shape[5];
+    int dims = 0;
+    for (int i = 0; i < 3; ++i)
+        if (l->size[i]) dims++;
+    shape[0] = x->shape[0];
+    for (int i = 0; i < dims; ++i) shape[l->absorbed ? 1 + i : 2 + i] = l->size[3 - dims + i];
+    shape[l->absorbed ? 1 + dims : 1] = l->size[3];
+    if (x->rank != 2 || x->shape[1] != l->out) {
+        dot__fail(x->ctx, DOT_ERROR_SHAPE, "dot_nn_unflatten: input %s, expected [N," DOT__I64 "]", DOT__SHAPE(x), DOT__LL(l->out));
+        return NULL;
+    }
+    x = dot_reshape(x, 2 + dims, shape);
+    if (l->absorbed) return x;
+    int axes[5] = { 0, 2, 3, 4, 0 };
+    axes[1 + dims] = 1;
+    return dot_permute(x, axes);
+}
+
+dot_layer *dot_nn_flatten(dot_context *ctx) { return dot__layer_new(ctx, "flatten", dot__flatten_forward); }
+
+dot_layer *dot_nn_unflatten(dot_context *ctx, int64_t depth, int64_t height, int64_t width, int64_t channels)
+{
+    bool ok = width >= 1 && channels >= 1 && height >= 0 && depth >= 0 && (height > 0 || depth == 0) && width <= INT32_MAX
+           && height <= INT32_MAX && depth <= INT32_MAX && channels <= INT32_MAX;
+    if (dot_ok(ctx) && !ok)
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_nn_unflatten: sizes " DOT__I64 ", " DOT__I64 ", " DOT__I64 ", " DOT__I64
+                  ", expected width and channels of 1 or more, unused sizes 0", DOT__LL(depth), DOT__LL(height), DOT__LL(width), DOT__LL(channels));
+    int64_t shape[4] = { depth > 0 ? depth : 1, height > 0 ? height : 1, width, channels };
+    int64_t features = dot_ok(ctx) ? dot__shape_size(ctx, "dot_nn_unflatten", ctx->dtype, 4, shape) : -1;
+    dot_layer *l = dot__layer_new(ctx, "unflatten", dot__unflatten_forward);
+    if (!l) return NULL;
+    l->size[0] = depth;
+    l->size[1] = height;
+    l->size[2] = width;
+    l->size[3] = channels;
+    l->out = features;
+    return l;
+}
+
+/* ---- normalisation and embedding ---- */
+
+static dot_tensor *dot__batch_norm_forward(dot_layer *l, dot_tensor *x, dot_activation act)
+{
+    (void)act;
+    dot_tensor *y = dot_batch_norm(x, l->weight, l->bias, l->mean, l->var, 0.1, 1e-5);
+    for (int k = 0; y && l->ctx->training && k < l->ctx->active_count; ++k) ++*(int64_t *)dot__at(l->batches, l->ctx->active[k]);
+    return y;
+}
+
+static dot_tensor *dot__layer_norm_forward(dot_layer *l, dot_tensor *x, dot_activation act)
+{
+    (void)act;
+    return dot_layer_norm(x, 1, l->weight, l->bias, 1e-5);
+}
+
+static dot_tensor *dot__group_norm_forward(dot_layer *l, dot_tensor *x, dot_activation act)
+{
+    (void)act;
+    return dot_group_norm(x, l->groups, l->weight, l->bias, 1e-5);
+}
+
+static dot_layer *dot__norm_new(dot_context *ctx, const char *function, const char *kind, int64_t size,
+                                dot_tensor *(*forward)(dot_layer *, dot_tensor *, dot_activation))
+{
+    if (dot_ok(ctx) && size < 1) dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: size " DOT__I64 ", expected 1 or more", function, DOT__LL(size));
+    dot_layer *l = dot__layer_new(ctx, kind, forward);
+    if (!l) return NULL;
+    dot__parameter *w = dot__add_parameter(l, function, "weight", DOT_KIND_NORM, ctx->dtype, 1, &size);
+    dot__parameter *b = w ? dot__add_parameter(l, function, "bias", DOT_KIND_NORM, ctx->dtype, 1, &size) : NULL;
+    if (!b) return NULL;
+    l->weight = w->tensor;
+    l->bias = b->tensor;
+    dot__init_constant(l->weight, 1);
+    return l;
+}
+
+dot_layer *dot_nn_batch_norm(dot_context *ctx, int64_t channels)
+{
+    dot_layer *l = dot__norm_new(ctx, "dot_nn_batch_norm", "batch_norm", channels, dot__batch_norm_forward);
+    if (!l) return NULL;
+    dot__parameter *mean = dot__add_parameter(l, "dot_nn_batch_norm", "running_mean", DOT_KIND_BUFFER, ctx->dtype, 1, &channels);
+    dot__parameter *var = mean ? dot__add_parameter(l, "dot_nn_batch_norm", "running_var", DOT_KIND_BUFFER, ctx->dtype, 1, &channels) : NULL;
+    dot__parameter *n = var ? dot__add_parameter(l, "dot_nn_batch_norm", "num_batches_tracked", DOT_KIND_BUFFER, DOT_I64, 0, NULL) : NULL;
+    if (!n) return NULL;
+    l->mean = mean->tensor;
+    l->var = var->tensor;
+    l->batches = n->tensor;
+    dot__init_constant(l->var, 1);
+    return l;
+}
+
+dot_layer *dot_nn_layer_norm(dot_context *ctx, int64_t size) { return dot__norm_new(ctx, "dot_nn_layer_norm", "layer_norm", size, dot__layer_norm_forward); }
+
+dot_layer *dot_nn_group_norm(dot_context *ctx, int groups, int64_t channels)
+{
+    if (dot_ok(ctx) && (groups < 1 || channels % groups != 0))
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_nn_group_norm: %d groups of " DOT__I64 " channels", groups, DOT__LL(channels));
+    dot_layer *l = dot__norm_new(ctx, "dot_nn_group_norm", "group_norm", channels, dot__group_norm_forward);
+    if (l) l->groups = groups;
+    return l;
+}
+
+static dot_tensor *dot__embedding_forward(dot_layer *l, dot_tensor *x, dot_activation act) { (void)act; return dot_embedding(l->weight, x); }
+
+dot_layer *dot_nn_embedding(dot_context *ctx, int64_t rows, int64_t size)
+{
+    if (dot_ok(ctx) && (rows < 1 || size < 1))
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_nn_embedding: " DOT__I64 " rows of " DOT__I64 ", expected 1 or more", DOT__LL(rows), DOT__LL(size));
+    dot_layer *l = dot__layer_new(ctx, "embedding", dot__embedding_forward);
+    if (!l) return NULL;
+    int64_t shape[2] = { rows, size };
+    dot__parameter *w = dot__add_parameter(l, "dot_nn_embedding", "weight", DOT_KIND_EMBEDDING, ctx->dtype, 2, shape);
+    if (!w) return NULL;
+    l->weight = w->tensor;
+    dot__init_random(w, true, 1);
+    return l;
+}
+
+/* ---- custom and sequential ---- */
+
+static dot_tensor *dot__custom_forward(dot_layer *l, dot_tensor *x, dot_activation act) { (void)act; return l->custom(l->user, l, x); }
+
+dot_layer *dot_nn_custom(dot_context *ctx, const char *kind, dot_forward_function forward, void *user)
+{
+    if (!dot_ok(ctx)) return NULL;
+    if (!kind || !forward) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_nn_custom: %s is NULL", kind ? "forward" : "kind");
+        return NULL;
+    }
+    char *copy = (char *)dot__new(ctx, strlen(kind) + 1);
+    dot_layer *l = copy ? dot__layer_new(ctx, copy, dot__custom_forward) : NULL;
+    if (!l) return NULL;
+    memcpy(copy, kind, strlen(kind) + 1);
+    l->custom = forward;
+    l->user = user;
+    return l;
+}
+
+/* A layer and the activation after it are one operation where the layer can apply it. */
+static dot_tensor *dot__sequential_forward(dot_layer *l, dot_tensor *x, dot_activation act)
+{
+    (void)act;
+    for (dot_layer *child = l->children; child && x; child = child->next) {
+        bool fuse = child->fuses && child->next && child->next->activation != DOT_NONE;
+        x = child->forward(child, x, fuse ? child->next->activation : DOT_NONE);
+        if (fuse) child = child->next;
+    }
+    return x;
+}
+
+/* Lets linear layers absorb the feature order of a flatten before them and of an unflatten after them. */
+static bool dot__absorb_orders(dot_layer *sequential)
+{
+    int64_t channels = 0;               /* of what flows here, when known */
+    dot_layer *flatten = NULL, *linear = NULL;
+    for (dot_layer *l = sequential->children; l; l = l->next) {
+        if (strcmp(l->kind, "conv") == 0) { channels = l->out; flatten = linear = NULL; continue; }
+        if (strcmp(l->kind, "flatten") == 0) { flatten = channels > 0 ? l : NULL; linear = NULL; continue; }
+        if (strcmp(l->kind, "linear") == 0) {
+            if (flatten && l->in % channels == 0) {
+                if (!dot__linear_split(l, channels, 0)) return false;
+                flatten->absorbed = true;
+                flatten->in = channels;
+            }
+            flatten = NULL;
+            linear = l;
+            channels = 0;
+            continue;
+        }
+        if (strcmp(l->kind, "unflatten") == 0) {
+            if (linear && linear->out == l->out) {
+                if (!dot__linear_split(linear, 0, l->size[3])) return false;
+                l->absorbed = true;
+            }
+            channels = l->size[3];
+            flatten = linear = NULL;
+            continue;
+        }
+        if (!l->elementwise) flatten = linear = NULL;
+        if (l->children || l->custom) channels = 0;
+    }
+    return true;
+}
+
+dot_layer *dot_nn_sequential(dot_context *ctx, ...)
+{
+    dot_layer *sequential = dot__layer_new(ctx, "sequential", dot__sequential_forward);
+    if (!sequential) return NULL;
+    va_list layers;
+    va_start(layers, ctx);
+    bool ok = true;
+    int position = 0;
+    for (dot_layer *child = va_arg(layers, dot_layer *); child && ok; child = va_arg(layers, dot_layer *), ++position) {
+        char number[24];
+        snprintf(number, sizeof number, "%d", position);
+        ok = dot__adopt("dot_nn_sequential", sequential, child->name[0] ? child->name : number, child);
+    }
+    va_end(layers);
+    if (!ok || !dot__absorb_orders(sequential)) {
+        while (sequential->children) {          /* let the children go, as they were */
+            sequential->children->parent = NULL;
+            sequential->children = sequential->children->next;
+        }
+        return NULL;
+    }
+    return sequential;
+}
+
+dot_tensor *dot_forward(dot_layer *layer, dot_tensor *x)
+{
+    if (!layer || !x || !dot_ok(layer->ctx)) return NULL;
+    if (x->ctx != layer->ctx) {
+        dot__fail(layer->ctx, DOT_ERROR_STATE, "dot_forward: layer and input of different contexts");
+        return NULL;
+    }
+    return layer->forward(layer, x, DOT_NONE);
+}
+
+/* ==== [8 losses] =================================================================================== */
+
+typedef struct dot__loss_node { dot__node node; dot__loss op; double p; } dot__loss_node;
+
+static void dot__loss_setup(dot__loss_job *job, dot__loss op, double p, const dot_tensor *x, const dot_tensor *t, const dot_tensor *value)
+{
+    memset(job, 0, sizeof *job);
+    job->dtype = x->dtype;
+    job->laned = dot__laned(value);
+    job->op = op;
+    job->p = p;
+    job->n = x->size;
+    job->x = dot__array_of(x);
+    job->t = dot__array_of(t);
+    job->value = dot__array_of(value);
+}
+
+static bool dot__loss_backward(dot_context *ctx, dot__node *base)
+{
+    dot__loss_node *node = (dot__loss_node *)base;
+    for (int which = 0; which < 2; ++which) {
+        dot__loss_job job;
+        if (!dot__wants_grad(base->in[which])) continue;
+        dot__loss_setup(&job, node->op, node->p, base->in[0], base->in[1], base->out->grad);
+        dot_tensor *out = dot__grad_target(base->in[which], &job.accumulate);
+        if (!out) return false;
+        job.wrt_target = which == 1;
+        job.out = dot__array_of(out);
+        ctx->backend->loss_backward(ctx, &job);
+    }
+    return true;
+}
+
+static dot_tensor *dot__loss_op(const char *function, dot__loss op, double p, dot_tensor *x, dot_tensor *t)
+{
+    dot_context *ctx = dot__enter(function, x, t);
+    if (!ctx) return NULL;
+    if (!dot__shape_equal(x, t) || x->size == 0) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "%s: prediction %s, target %s, expected one shape with elements", function, DOT__SHAPE(x), DOT__SHAPE(t));
+        return NULL;
+    }
+    dot_tensor *value = dot__step_tensor(ctx, x->dtype, 0, NULL, dot__laned(x) || dot__laned(t));
+    dot__loss_node *node;
+    dot__loss_job job;
+    if (!value || !dot__record(ctx, sizeof *node, dot__loss_backward, value, x, t, NULL, &node)) return NULL;
+    if (node) { node->op = op; node->p = p; }
+    dot__loss_setup(&job, op, p, x, t, value);
+    return ctx->backend->loss(ctx, &job) ? value : NULL;
+}
+
+dot_tensor *dot_mse_loss(dot_tensor *prediction, dot_tensor *target)  { return dot__loss_op("dot_mse_loss", DOT__MSE, 0, prediction, target); }
+dot_tensor *dot_rmse_loss(dot_tensor *prediction, dot_tensor *target) { return dot_sqrt(dot__loss_op("dot_rmse_loss", DOT__MSE, 0, prediction, target)); }
+dot_tensor *dot_l1_loss(dot_tensor *prediction, dot_tensor *target)   { return dot__loss_op("dot_l1_loss", DOT__L1, 0, prediction, target); }
+
+dot_tensor *dot_bce_with_logits_loss(dot_tensor *logits, dot_tensor *target)
+{
+    return dot__loss_op("dot_bce_with_logits_loss", DOT__BCE, 0, logits, target);
+}
+
+dot_tensor *dot_huber_loss(dot_tensor *prediction, dot_tensor *target, double delta)
+{
+    if (prediction && dot_ok(prediction->ctx) && !(delta > 0 && dot__finite(delta))) {
+        dot__fail(prediction->ctx, DOT_ERROR_ARGUMENT, "dot_huber_loss: delta %g, expected a positive number", delta);
+        return NULL;
+    }
+    return dot__loss_op("dot_huber_loss", DOT__HUBER, delta, prediction, target);
+}
+
+typedef struct dot__entropy_node { dot__node node; dot_tensor *labels; double smoothing; } dot__entropy_node;
+
+static void dot__entropy_setup(dot__entropy *job, const dot_tensor *x, const dot_tensor *labels, double smoothing, const dot_tensor *value)
+{
+    memset(job, 0, sizeof *job);
+    job->dtype = x->dtype;
+    job->laned = dot__laned(value);
+    job->classes = x->shape[x->rank - 1];
+    job->rows = x->size / job->classes;
+    job->smoothing = smoothing;
+    job->x = dot__array_of(x);
+    job->labels = dot__array_of(labels);
+    job->value = dot__array_of(value);
+}
+
+static bool dot__entropy_backward(dot_context *ctx, dot__node *base)
+{
+    dot__entropy_node *node = (dot__entropy_node *)base;
+    dot__entropy job;
+    dot__entropy_setup(&job, base->in[0], node->labels, node->smoothing, base->out->grad);
+    dot_tensor *dx = dot__grad_target(base->in[0], &job.accumulate);
+    if (!dx) return false;
+    job.dx = dot__array_of(dx);
+    ctx->backend->entropy_backward(ctx, &job);
+    return true;
+}
+
+dot_tensor *dot_cross_entropy_loss(dot_tensor *logits, dot_tensor *labels, double label_smoothing)
+{
+    dot_context *ctx = dot__enter("dot_cross_entropy_loss", logits, logits);
+    if (!ctx || !labels) return NULL;
+    bool fits = logits->rank >= 1 && labels->rank == logits->rank - 1 && logits->size > 0;
+    for (int i = 0; fits && i < labels->rank; ++i) fits = labels->shape[i] == logits->shape[i];
+    if (!fits) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "dot_cross_entropy_loss: logits %s, labels %s, expected [...,classes] and [...] with elements",
+                  DOT__SHAPE(logits), DOT__SHAPE(labels));
+        return NULL;
+    }
+    if (!(label_smoothing >= 0 && label_smoothing <= 1)) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_cross_entropy_loss: label_smoothing %g, expected 0 to 1", label_smoothing);
+        return NULL;
+    }
+    if (!dot__indices_ok("dot_cross_entropy_loss", logits, labels, logits->shape[logits->rank - 1])) return NULL;
+    dot_tensor *value = dot__step_tensor(ctx, logits->dtype, 0, NULL, dot__laned(logits) || dot__laned(labels));
+    dot__entropy_node *node;
+    dot__entropy job;
+    if (!value || !dot__record(ctx, sizeof *node, dot__entropy_backward, value, logits, NULL, NULL, &node)) return NULL;
+    if (node) { node->labels = labels; node->smoothing = label_smoothing; }
+    dot__entropy_setup(&job, logits, labels, label_smoothing, value);
+    return ctx->backend->entropy(ctx, &job) ? value : NULL;
+}
+
+/* ==== [9 optimizers] =============================================================================== */
+
+#define DOT__NAME_ROW(constant, name, description, paper) name,
+#define DOT__DESCRIPTION_ROW(constant, name, description, paper) description,
+#define DOT__PAPER_ROW(constant, name, description, paper) paper,
+
+const char *dot_algorithm_name(dot_algorithm a)
+{
+    static const char *const names[] = { DOT_OPTIMIZERS(DOT__NAME_ROW) };
+    return (unsigned)a < DOT_ALGORITHMS ? names[a] : NULL;
+}
+
+const char *dot_algorithm_description(dot_algorithm a)
+{
+    static const char *const descriptions[] = { DOT_OPTIMIZERS(DOT__DESCRIPTION_ROW) };
+    return (unsigned)a < DOT_ALGORITHMS ? descriptions[a] : NULL;
+}
+
+const char *dot_algorithm_paper(dot_algorithm a)
+{
+    static const char *const papers[] = { DOT_OPTIMIZERS(DOT__PAPER_ROW) };
+    return (unsigned)a < DOT_ALGORITHMS ? papers[a] : NULL;
+}
+
+bool dot_algorithm_find(const char *name, dot_algorithm *algorithm)
+{
+    for (int a = 0; name && algorithm && a < (int)DOT_ALGORITHMS; ++a)
+        if (strcmp(name, dot_algorithm_name((dot_algorithm)a)) == 0) {
+            *algorithm = (dot_algorithm)a;
+            return true;
+        }
+    return false;
+}
+
+/* ---- elementwise rules ----
+   What a rule needs, worked out in double once for each parameter and lane. */
+typedef struct dot__scalars {
+    double gradient, l2;            /* g = gradient * g + l2 * theta: clipping, maximize, L2 */
+    double keep;                    /* theta *= keep: decoupled decay */
+    double step;                    /* what the direction is multiplied by */
+    double b1, c1, b2, c2;          /* decay of a moment, and what is added */
+    double n0, n1;                  /* direction = n0 g + n1 momentum: Nesterov or not */
+    double root, eps;               /* denominator = root sqrt(v) + eps */
+} dot__scalars;
+
+/* X(name, states, rule). A rule changes the moments s0, s1 and sets d, the direction; theta = keep theta - step d. It is
+   written with operators alone, so that one text serves scalars and vectors; ROOT is the square root. */
+#define DOT__RULES(X) \
+    X(SGD,      0, d = g) \
+    X(MOMENTUM, 1, s0 = b1 * s0 + c1 * g; d = n0 * g + n1 * s0) \
+    X(ADAM,     2, s0 = s0 + c1 * (g - s0); s1 = b2 * s1 + c2 * g * g; d = s0 / (root * ROOT(s1) + eps))
+
+#define DOT__RULE_ENUM(name, states, rule) DOT__RULE_##name,
+typedef enum dot__rule { DOT__RULES(DOT__RULE_ENUM) DOT__RULE_COUNT } dot__rule;
+
+/* One pass over n elements: W at a time, the rest of fewer than W through a buffer, so that every element is computed by the same
+   instructions wherever it lies. */
+#define DOT__RULE_FUNCTION(name, states, rule) \
+    RULE_TARGET static void DOT__N(dot__rule_##name)(T *w, const T *gs, T *m0, T *m1, int64_t n, const dot__scalars *h) \
+    { \
+        const T gradient = (T)h->gradient, l2 = (T)h->l2, keep = (T)h->keep, step = (T)h->step, b1 = (T)h->b1, c1 = (T)h->c1; \
+        const T b2 = (T)h->b2, c2 = (T)h->c2, n0 = (T)h->n0, n1 = (T)h->n1, root = (T)h->root, eps = (T)h->eps; \
+        (void)b1; (void)c1; (void)b2; (void)c2; (void)n0; (void)n1; (void)root; (void)eps; \
+        for (int64_t i = 0; i < n; i += (int64_t)(sizeof(V) / sizeof(T))) { \
+            size_t bytes = (size_t)dot__min((int64_t)sizeof(V), (n - i) * (int64_t)sizeof(T)); \
+            bool whole = bytes == sizeof(V); \
+            V theta, g, s0, s1, d; \
+            memset(&s0, 0, sizeof s0); \
+            memset(&s1, 0, sizeof s1); \
+            if (whole) { \
+                memcpy(&theta, w + i, sizeof(V)); \
+                memcpy(&g, gs + i, sizeof(V)); \
+                if (states > 0) memcpy(&s0, m0 + i, sizeof(V)); \
+                if (states > 1) memcpy(&s1, m1 + i, sizeof(V)); \
+            } else { \
+                memset(&theta, 0, sizeof theta); \
+                memset(&g, 0, sizeof g); \
+                memcpy(&theta, w + i, bytes); \
+                memcpy(&g, gs + i, bytes); \
+                if (states > 0) memcpy(&s0, m0 + i, bytes); \
+                if (states > 1) memcpy(&s1, m1 + i, bytes); \
+            } \
+            g = gradient * g + l2 * theta; \
+            rule; \
+            theta = keep * theta - step * d; \
+            if (whole) { \
+                memcpy(w + i, &theta, sizeof(V)); \
+                if (states > 0) memcpy(m0 + i, &s0, sizeof(V)); \
+                if (states > 1) memcpy(m1 + i, &s1, sizeof(V)); \
+            } else { \
+                memcpy(w + i, &theta, bytes); \
+                if (states > 0) memcpy(m0 + i, &s0, bytes); \
+                if (states > 1) memcpy(m1 + i, &s1, bytes); \
+            } \
+        } \
+    }
+
+#define T float
+#define V float
+#define DOT__S f32
+#define RULE_TARGET
+#define ROOT sqrtf
+DOT__RULES(DOT__RULE_FUNCTION)
+#undef T
+#undef V
+#undef DOT__S
+#undef ROOT
+#define T double
+#define V double
+#define DOT__S f64
+#define ROOT sqrt
+DOT__RULES(DOT__RULE_FUNCTION)
+#undef T
+#undef V
+#undef DOT__S
+#undef ROOT
+#undef RULE_TARGET
+#ifdef DOT__AVX2
+typedef float dot__float8 __attribute__((vector_size(32)));
+#define T float
+#define V dot__float8
+#define DOT__S avx2
+#define RULE_TARGET DOT__TARGET_AVX2
+#define ROOT(x) ((dot__float8)_mm256_sqrt_ps((__m256)(x)))
+DOT__RULES(DOT__RULE_FUNCTION)
+#undef T
+#undef V
+#undef DOT__S
+#undef ROOT
+#undef RULE_TARGET
+#endif
+
+typedef void (*dot__rule_f32)(float *, const float *, float *, float *, int64_t, const dot__scalars *);
+typedef void (*dot__rule_f64)(double *, const double *, double *, double *, int64_t, const dot__scalars *);
+#define DOT__RULE_ROW_F32(name, states, rule) dot__rule_##name##_f32,
+#define DOT__RULE_ROW_F64(name, states, rule) dot__rule_##name##_f64,
+#define DOT__RULE_ROW_AVX2(name, states, rule) dot__rule_##name##_avx2,
+#define DOT__RULE_STATES(name, states, rule) states,
+static const dot__rule_f32 dot__rules_f32[] = { DOT__RULES(DOT__RULE_ROW_F32) };
+static const dot__rule_f64 dot__rules_f64[] = { DOT__RULES(DOT__RULE_ROW_F64) };
+#ifdef DOT__AVX2
+static const dot__rule_f32 dot__rules_avx2[] = { DOT__RULES(DOT__RULE_ROW_AVX2) };
+#endif
+static const int dot__rule_states[] = { DOT__RULES(DOT__RULE_STATES) };
+
+/* ---- the optimizer ---- */
+
+#define DOT__STATES 3
+
+/* A parameter under an optimizer. A factored one is seen as a matrix with a mean for each row and each column; PyTorch's first
+   axis, which is factored against the rest, lies first or last in the stored order, hence is the rows or the columns. */
+typedef struct dot__slot {
+    dot__parameter *parameter;
+    dot_tensor *tensor;
+    char name[DOT_MAX_NAME];
+    int group;
+    int64_t t;                              /* updates of this parameter so far */
+    int64_t rows, columns;                  /* factored: the matrix; else size x 1 */
+    bool factored;
+    dot_tensor *state[DOT__STATES];         /* by rule: s0, s1; Adafactor: rows (or whole), columns, first moment */
+    int64_t block_rows, blocks;             /* Adafactor: a piece is a block of rows */
+    int64_t first_piece;                    /* of this step */
+    char *scratch;                          /* Adafactor, this step: dot__factor_scratch a lane */
+} dot__slot;
+
+struct dot_optimizer {
+    dot_context *ctx;
+    dot_layer *layer;
+    dot_optimizer_options options;
+    dot__rule rule;
+    bool factored;                          /* Adafactor and the factored AdamW */
+    int slots, groups;                      /* groups: with the default group */
+    dot__slot *slot;
+    double *hyper;                          /* [group][lane][DOT_HYPERS] */
+    double *clip;                           /* [lane]: what the gradients of the next step are multiplied by */
+    double multiplier;
+    int64_t steps;
+    int active;                             /* slots of this step, */
+    dot__slot **active_slot;
+    int64_t pieces;
+    double *norms;                          /* [lane]: scratch of the norms */
+};
+
+dot_optimizer_options dot_optimizer_defaults(dot_algorithm algorithm)
+{
+    dot_optimizer_options o;
+    memset(&o, 0, sizeof o);
+    bool adafactor = algorithm == DOT_ADAFACTOR || algorithm == DOT_ADAMW_FACTORED, adam = algorithm == DOT_ADAM || algorithm == DOT_ADAMW;
+    o.magic = DOT__MAGIC_OPTIMIZER;
+    o.algorithm = algorithm;
+    o.lr = adafactor ? 1e-2 : 1e-3;
+    o.weight_decay = algorithm == DOT_ADAMW ? 1e-2 : 0;
+    o.decay = algorithm == DOT_SGD || algorithm == DOT_ADAM ? DOT_DECAY_L2 : DOT_DECAY_LR;
+    o.decay_lr = o.decay_period = 1;
+    o.beta1 = adam ? 0.9 : 0;
+    o.beta2 = 0.999;
+    o.eps = 1e-8;
+    o.relative_step = algorithm == DOT_ADAFACTOR;
+    o.scale_parameter = true;
+    o.beta2_exponent = 0.8;
+    o.eps1 = 1e-30;
+    o.eps2 = 1e-3;
+    o.clip_threshold = 1;
+    return o;
+}
+
+/* The range of each option: one row a fact. `below`: the upper bound itself is excluded. */
+static bool dot__option_ok(dot_context *ctx, const char *function, const char *name, double value, double low, double high, bool below)
+{
+    if (dot__finite(value) && value >= low && (below ? value < high : value <= high)) return true;
+    dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: %s %g, expected %g to %g%s", function, name, value, low, high, below ? " (excluded)" : "");
+    return false;
+}
+
+static bool dot__hyper_ok(dot_context *ctx, const char *function, dot_hyper hyper, double value)
+{
+    static const struct { const char *name; double low, high; bool below; } row[] = {
+        { "lr", 0, 1e30, false }, { "weight_decay", 0, 1e30, false }, { "beta1", 0, 1, true }, { "beta2", 0, 1, true },
+        { "eps", 0, 1e30, false }, { "decay_period", 1, 1e18, false },
+    };
+    return dot__option_ok(ctx, function, row[hyper].name, value, row[hyper].low, row[hyper].high, row[hyper].below);
+}
+
+static bool dot__optimizer_options_ok(dot_context *ctx, const dot_optimizer_options *o)
+{
+    const char *f = "dot_optimizer_create";
+    if (o->magic != DOT__MAGIC_OPTIMIZER || (unsigned)o->algorithm >= DOT_ALGORITHMS || (unsigned)o->decay > DOT_DECAY_NORMALIZED) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: algorithm %d, decay %d, expected options filled by dot_optimizer_defaults (magic 0x%08x)", f,
+                  (int)o->algorithm, (int)o->decay, (unsigned)o->magic);
+        return false;
+    }
+    if (o->nesterov && (o->beta1 == 0 || o->dampening != 0)) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: nesterov with beta1 %g and dampening %g, expected momentum and no dampening", f, o->beta1,
+                  o->dampening);
+        return false;
+    }
+    if (o->group_count < 0 || o->group_count > 1024 || (o->group_count > 0 && !o->groups)) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: group_count %d, expected 0 to 1024 and groups", f, o->group_count);
+        return false;
+    }
+    for (int i = 0; i < o->group_count; ++i)
+        if (!dot__hyper_ok(ctx, f, DOT_HYPER_LR, o->groups[i].lr)
+            || !dot__hyper_ok(ctx, f, DOT_HYPER_WEIGHT_DECAY, o->groups[i].weight_decay)) return false;
+    return dot__hyper_ok(ctx, f, DOT_HYPER_LR, o->lr) && dot__hyper_ok(ctx, f, DOT_HYPER_WEIGHT_DECAY, o->weight_decay)
+        && dot__hyper_ok(ctx, f, DOT_HYPER_BETA1, o->beta1) && dot__hyper_ok(ctx, f, DOT_HYPER_BETA2, o->beta2)
+        && dot__hyper_ok(ctx, f, DOT_HYPER_EPS, o->eps) && dot__hyper_ok(ctx, f, DOT_HYPER_DECAY_PERIOD, o->decay_period)
+        && dot__option_ok(ctx, f, "decay_lr", o->decay_lr, 0, 1e30, false)
+        && dot__option_ok(ctx, f, "dampening", o->dampening, 0, 1, false)
+        && dot__option_ok(ctx, f, "beta2_exponent", o->beta2_exponent, 0, 1e3, false)
+        && dot__option_ok(ctx, f, "eps1", o->eps1, 0, 1e30, false) && dot__option_ok(ctx, f, "eps2", o->eps2, 0, 1e30, false)
+        && dot__option_ok(ctx, f, "clip_threshold", o->clip_threshold, 1e-30, 1e30, false);
+}
+
+/* Does `name` match `pattern`, where * stands for any characters and ? for one? */
+static bool dot__matches(const char *pattern, const char *name)
+{
+    if (*pattern == 0) return *name == 0;
+    if (*pattern == '*') return dot__matches(pattern + 1, name) || (*name && dot__matches(pattern, name + 1));
+    return *name && (*pattern == '?' || *pattern == *name) && dot__matches(pattern + 1, name + 1);
+}
+
+static bool dot__slot_visit(void *user, const char *name, dot__parameter *p)
+{
+    dot_optimizer *opt = (dot_optimizer *)user;
+    if (p->kind == DOT_KIND_BUFFER || !dot__is_float(p->tensor->dtype)) return true;
+    dot__slot *slot = &opt->slot[opt->slots++];
+    slot->parameter = p;
+    slot->tensor = p->tensor;
+    memcpy(slot->name, name, strlen(name) + 1);
+    for (int i = opt->options.group_count; i > 0; --i) {
+        const dot_parameter_group *group = &opt->options.groups[i - 1];
+        if ((group->kinds & (unsigned)p->kind) || (group->pattern && dot__matches(group->pattern, name))) slot->group = i;
+    }
+    return true;
+}
+
+static dot_tensor *dot__state_tensor(dot__slot *slot, int64_t size)
+{
+    return dot__persistent_tensor(slot->tensor->ctx, slot->tensor->dtype, 1, &size, size);
+}
+
+static bool dot__slot_states(dot_optimizer *opt, dot__slot *slot)
+{
+    int64_t n = slot->tensor->size;
+    slot->rows = n;
+    slot->columns = 1;
+    if (!opt->factored) {
+        for (int i = 0; i < dot__rule_states[opt->rule]; ++i)
+            if (!(slot->state[i] = dot__state_tensor(slot, n))) return false;
+        return true;
+    }
+    const dot__parameter *p = slot->parameter;
+    if (p->rank >= 2 && n > 0) {
+        bool last = p->layout.axis[0] != 0;
+        slot->factored = true;
+        slot->columns = last ? p->shape[0] : n / p->shape[0];
+        slot->rows = n / slot->columns;
+        if (!(slot->state[1] = dot__state_tensor(slot, slot->columns))) return false;
+    }
+    slot->block_rows = dot__max(1, 8192 / slot->columns);
+    slot->blocks = dot__ceil_div(slot->rows, slot->block_rows);
+    if (!(slot->state[0] = dot__state_tensor(slot, slot->rows))) return false;
+    return opt->options.beta1 == 0 || (slot->state[2] = dot__state_tensor(slot, n)) != NULL;
+}
+
+dot_optimizer *dot_optimizer_create(dot_context *ctx, dot_layer *layer, const dot_optimizer_options *options)
+{
+    if (!dot_ok(ctx) || !layer) return NULL;
+    dot_optimizer_options o = options ? *options : dot_optimizer_defaults(DOT_ADAMW);
+    if (layer->ctx != ctx) {
+        dot__fail(ctx, DOT_ERROR_STATE, "dot_optimizer_create: layer of another context");
+        return NULL;
+    }
+    if (!dot__optimizer_options_ok(ctx, &o)) return NULL;
+    dot_optimizer *opt = (dot_optimizer *)dot__new(ctx, sizeof *opt);
+    size_t count = (size_t)dot_layer_parameters(layer), lanes = (size_t)ctx->lanes, groups = (size_t)o.group_count + 1;
+    if (!opt || !(opt->slot = (dot__slot *)dot__new(ctx, count * sizeof(dot__slot)))
+        || !(opt->active_slot = (dot__slot **)dot__new(ctx, count * sizeof(dot__slot *)))
+        || !(opt->hyper = (double *)dot__new(ctx, groups * lanes * DOT_HYPERS * sizeof(double)))
+        || !(opt->clip = (double *)dot__new(ctx, lanes * sizeof(double)))
+        || !(opt->norms = (double *)dot__new(ctx, lanes * sizeof(double)))) return NULL;
+    opt->ctx = ctx;
+    opt->layer = layer;
+    opt->options = o;
+    opt->groups = (int)groups;
+    opt->factored = o.algorithm == DOT_ADAFACTOR || o.algorithm == DOT_ADAMW_FACTORED;
+    opt->rule = o.algorithm != DOT_SGD ? DOT__RULE_ADAM : o.beta1 > 0 ? DOT__RULE_MOMENTUM : DOT__RULE_SGD;
+    if (!dot__visit(layer, "", dot__slot_visit, opt)) return NULL;
+    for (int i = 0; i < opt->slots; ++i)
+        if (!dot__slot_states(opt, &opt->slot[i])) return NULL;
+    for (int group = 0; group < opt->groups; ++group)
+        for (int lane = 0; lane < ctx->lanes; ++lane) {
+            double *h = opt->hyper + (group * ctx->lanes + lane) * DOT_HYPERS;
+            h[DOT_HYPER_LR] = group ? o.groups[group - 1].lr : o.lr;
+            h[DOT_HYPER_WEIGHT_DECAY] = group ? o.groups[group - 1].weight_decay : o.weight_decay;
+            h[DOT_HYPER_BETA1] = o.beta1;
+            h[DOT_HYPER_BETA2] = o.beta2;
+            h[DOT_HYPER_EPS] = o.eps;
+            h[DOT_HYPER_DECAY_PERIOD] = o.decay_period;
+            opt->clip[lane] = 1;
+        }
+    opt->options.groups = NULL;             /* the caller's array need not live on */
+    if (opt->factored && o.relative_step) dot__log(ctx, "%s: the step is min(lr, 1/sqrt(t)): lr %g is only its upper bound",
+                                                   dot_algorithm_name(o.algorithm), o.lr);
+    return opt;
+}
+
+static bool dot__hyper_index_ok(const dot_optimizer *opt, const char *function, dot_hyper hyper, int group, int lane, bool all)
+{
+    if ((unsigned)hyper >= DOT_HYPERS || group < (all ? DOT_ALL : 0) || group >= opt->groups) {
+        dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "%s: hyperparameter %d of group %d, expected DOT_HYPER_... and 0..%d", function, (int)hyper,
+                  group, opt->groups - 1);
+        return false;
+    }
+    return dot__lane_ok(opt->ctx, function, lane, all);
+}
+
+bool dot_optimizer_set(dot_optimizer *opt, dot_hyper hyper, int group, int lane, double value)
+{
+    if (!opt || !dot_ok(opt->ctx) || !dot__hyper_index_ok(opt, "dot_optimizer_set", hyper, group, lane, true)
+        || !dot__hyper_ok(opt->ctx, "dot_optimizer_set", hyper, value)) return false;
+    if (hyper == DOT_HYPER_BETA1 && value > 0 && opt->options.beta1 == 0) {
+        dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_optimizer_set: beta1 %g, but the optimizer was created without a first moment", value);
+        return false;
+    }
+    for (int g = 0; g < opt->groups; ++g)
+        for (int k = 0; k < opt->ctx->lanes; ++k)
+            if ((group == DOT_ALL || group == g) && (lane == DOT_ALL || lane == k))
+                opt->hyper[(g * opt->ctx->lanes + k) * DOT_HYPERS + (int)hyper] = value;
+    return true;
+}
+
+double dot_optimizer_get(const dot_optimizer *opt, dot_hyper hyper, int group, int lane)
+{
+    if (!opt || !dot__hyper_index_ok(opt, "dot_optimizer_get", hyper, group, lane, false)) return (double)NAN;
+    return opt->hyper[(group * opt->ctx->lanes + lane) * DOT_HYPERS + (int)hyper];
+}
+
+int64_t dot_optimizer_steps(const dot_optimizer *opt) { return opt ? opt->steps : 0; }
+
+size_t dot_optimizer_state_bytes(const dot_optimizer *opt)
+{
+    size_t elements = 0;
+    for (int i = 0; opt && i < opt->slots; ++i)
+        for (int s = 0; s < DOT__STATES; ++s)
+            if (opt->slot[i].state[s])
+                elements += (size_t)opt->slot[i].state[s]->size * dot_dtype_size(opt->slot[i].tensor->dtype) * (size_t)opt->ctx->lanes;
+    return elements;
+}
+
+/* ---- norms over all parameters: sums of squares by pieces, added up in order ---- */
+
+typedef struct dot__norm_job { dot_optimizer *opt; bool gradient; double *partial; } dot__norm_job;
+
+/* The slot that a piece of this step belongs to. */
+static dot__slot *dot__slot_of_piece(const dot_optimizer *opt, int64_t piece)
+{
+    int low = 0, high = opt->active - 1;
+    while (low < high) {
+        int middle = (low + high + 1) / 2;
+        if (opt->active_slot[middle]->first_piece <= piece) low = middle; else high = middle - 1;
+    }
+    return opt->active_slot[low];
+}
+
+/* Selects the slots that have a gradient (or all) and numbers their pieces: of elements, or of Adafactor's blocks. */
+static void dot__select(dot_optimizer *opt, bool all, bool blocks)
+{
+    opt->active = 0;
+    opt->pieces = 0;
+    for (int i = 0; i < opt->slots; ++i) {
+        dot__slot *slot = &opt->slot[i];
+        if (slot->tensor->size == 0 || !(all || slot->tensor->has_grad)) continue;
+        opt->active_slot[opt->active++] = slot;
+        slot->first_piece = opt->pieces;
+        opt->pieces += blocks ? slot->blocks : dot__ceil_div(slot->tensor->size, DOT__PIECE);
+    }
+}
+
+static void dot__norm_piece(void *argument, int lane, int64_t piece)
+{
+    dot__norm_job *job = (dot__norm_job *)argument;
+    dot__slot *slot = dot__slot_of_piece(job->opt, piece);
+    dot_tensor *t = job->gradient ? slot->tensor->grad : slot->tensor;
+    int64_t n, i = dot__part(t->size, piece - slot->first_piece, DOT__PIECE, &n);
+    double a = 0, b = 0;
+    for (n += i; i < n; ++i) {
+        double x = dot__load(dot__at(t, lane), t->dtype, i);
+        if (i & 1) a += x * x; else b += x * x;
+    }
+    job->partial[lane * job->opt->pieces + piece] = a + b;
+}
+
+static bool dot__norms(dot_optimizer *opt, bool gradient)
+{
+    dot_context *ctx = opt->ctx;
+    dot__norm_job job;
+    dot__select(opt, !gradient, false);
+    dot__mark mark = dot__scratch_begin(ctx);
+    job.opt = opt;
+    job.gradient = gradient;
+    job.partial = (double *)dot__step_alloc(ctx, (size_t)opt->pieces * (size_t)ctx->lanes * sizeof(double));
+    if (!job.partial) return false;
+    dot__parallel(ctx, true, opt->pieces, dot__norm_piece, &job);
+    for (int lane = 0; lane < ctx->lanes; ++lane) {
+        opt->norms[lane] = 0;
+        for (int64_t p = 0; p < opt->pieces && !ctx->lane_stopped[lane]; ++p) opt->norms[lane] += job.partial[lane * opt->pieces + p];
+        opt->norms[lane] = sqrt(opt->norms[lane]);
+    }
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+static double dot__one_norm(const char *function, dot_optimizer *opt, int lane, bool gradient)
+{
+    if (!opt || !dot_ok(opt->ctx) || !dot__lane_ok(opt->ctx, function, lane, false) || !dot__norms(opt, gradient)) return (double)NAN;
+    return opt->norms[lane];
+}
+
+double dot_grad_norm(dot_optimizer *opt, int lane)   { return dot__one_norm("dot_grad_norm", opt, lane, true); }
+double dot_weight_norm(dot_optimizer *opt, int lane) { return dot__one_norm("dot_weight_norm", opt, lane, false); }
+
+double dot_clip_grad_norm(dot_optimizer *opt, double max_norm)
+{
+    if (!opt || !dot_ok(opt->ctx)) return (double)NAN;
+    if (!(max_norm > 0) || !dot__finite(max_norm)) {
+        dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_clip_grad_norm: max_norm %g, expected a positive number", max_norm);
+        return (double)NAN;
+    }
+    if (!dot__norms(opt, true)) return (double)NAN;
+    for (int lane = 0; lane < opt->ctx->lanes; ++lane) {
+        double scale = max_norm / (opt->norms[lane] + 1e-6);
+        opt->clip[lane] = scale < 1 ? scale : 1;
+    }
+    return opt->norms[0];
+}
+
+/* ---- one step ---- */
+
+static const double *dot__hypers(const dot_optimizer *opt, const dot__slot *slot, int lane)
+{
+    return opt->hyper + (slot->group * opt->ctx->lanes + lane) * DOT_HYPERS;
+}
+
+/* What is common to all algorithms: the gradient's scale, and the decay in its four modes. */
+static dot__scalars dot__common_scalars(const dot_optimizer *opt, const dot__slot *slot, int lane)
+{
+    const dot_optimizer_options *o = &opt->options;
+    const double *h = dot__hypers(opt, slot, lane);
+    double lambda = h[DOT_HYPER_WEIGHT_DECAY], eta = opt->multiplier;
+    dot__scalars s;
+    memset(&s, 0, sizeof s);
+    s.gradient = opt->clip[lane] * (o->maximize ? -1 : 1);
+    s.keep = 1;
+    switch (o->decay) {
+    case DOT_DECAY_L2:        s.l2 = lambda; break;
+    case DOT_DECAY_LR:        s.keep = 1 - eta * h[DOT_HYPER_LR] * lambda; break;
+    case DOT_DECAY_SCHEDULED: s.keep = 1 - eta * o->decay_lr * lambda; break;
+    default:                  s.keep = 1 - eta * o->decay_lr * lambda / sqrt(h[DOT_HYPER_DECAY_PERIOD]); break;
+    }
+    return s;
+}
+
+static dot__scalars dot__rule_scalars(const dot_optimizer *opt, const dot__slot *slot, int lane)
+{
+    const dot_optimizer_options *o = &opt->options;
+    const double *h = dot__hypers(opt, slot, lane);
+    double lr = h[DOT_HYPER_LR] * opt->multiplier, beta1 = h[DOT_HYPER_BETA1], beta2 = h[DOT_HYPER_BETA2], t = (double)slot->t;
+    dot__scalars s = dot__common_scalars(opt, slot, lane);
+    if (opt->rule == DOT__RULE_ADAM) {
+        s.c1 = 1 - beta1;
+        s.b2 = beta2;
+        s.c2 = 1 - beta2;
+        s.root = 1 / sqrt(1 - pow(beta2, t));
+        s.eps = h[DOT_HYPER_EPS];
+        s.step = lr / (1 - pow(beta1, t));
+    } else {
+        bool first = slot->t == 1;          /* PyTorch: the buffer begins as the gradient, undampened */
+        s.b1 = first ? 0 : beta1;
+        s.c1 = first ? 1 : 1 - o->dampening;
+        s.n0 = o->nesterov ? 1 : 0;
+        s.n1 = o->nesterov ? beta1 : 1;
+        s.step = lr;
+    }
+    return s;
+}
+
+static void dot__rule_piece(void *argument, int lane, int64_t piece)
+{
+    dot_optimizer *opt = (dot_optimizer *)argument;
+    dot__slot *slot = dot__slot_of_piece(opt, piece);
+    dot_tensor *w = slot->tensor;
+    dot__scalars s = dot__rule_scalars(opt, slot, lane);
+    int64_t n, i = dot__part(w->size, piece - slot->first_piece, DOT__PIECE, &n);
+    void *state[2];
+    for (int k = 0; k < 2; ++k) state[k] = slot->state[k] ? dot__at(slot->state[k], lane) : NULL;
+    if (w->dtype == DOT_F64) {
+        double *m0 = (double *)state[0], *m1 = (double *)state[1];
+        dot__rules_f64[opt->rule]((double *)dot__at(w, lane) + i, (double *)dot__at(w->grad, lane) + i, m0 ? m0 + i : m0, m1 ? m1 + i : m1,
+                                  n, &s);
+        return;
+    }
+    const dot__rule_f32 *rules = dot__rules_f32;
+#ifdef DOT__AVX2
+    if (dot__kernel(opt->ctx, DOT_F32) == &dot__kernels_avx2[0]) rules = dot__rules_avx2;
+#endif
+    float *m0 = (float *)state[0], *m1 = (float *)state[1];
+    rules[opt->rule]((float *)dot__at(w, lane) + i, (float *)dot__at(w->grad, lane) + i, m0 ? m0 + i : m0, m1 ? m1 + i : m1, n, &s);
+}
+
+/* ---- Adafactor: moments of rows and columns, RMS of the update, then the update ----
+   A piece is a block of rows; what pieces sum is added up in the order of the blocks. */
+
+typedef struct dot__factor_scratch {        /* views into one slot's and lane's scratch memory */
+    double *row, *column;                   /* sums of g^2 by row; by [block][column] */
+    double *theta, *update;                 /* sums of squares by block */
+    double *mean, *alpha, *shrink;          /* of R; the step; 1 / max(1, RMS(U)/d) */
+} dot__factor_scratch;
+
+static size_t dot__factor_scratch_size(const dot__slot *slot)
+{
+    return (size_t)(slot->rows + slot->blocks * slot->columns + 2 * slot->blocks + 3);
+}
+
+static dot__factor_scratch dot__factor_views(const dot__slot *slot, int lane)
+{
+    dot__factor_scratch f;
+    f.row = (double *)(void *)slot->scratch + (size_t)lane * dot__factor_scratch_size(slot);
+    f.column = f.row + slot->rows;
+    f.theta = f.column + slot->blocks * slot->columns;
+    f.update = f.theta + slot->blocks;
+    f.mean = f.update + slot->blocks;
+    f.alpha = f.mean + 1;
+    f.shrink = f.mean + 2;
+    return f;
+}
+
+static double dot__factor_beta2(const dot_optimizer *opt, const dot__slot *slot)
+{
+    return 1 - pow((double)slot->t, -opt->options.beta2_exponent);
+}
+
+#define DOT__FACTOR_PIECES(T, S) \
+/* Sums of g^2; an unfactored parameter's moment is complete at once. */ \
+static void dot__factor_moments_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot_optimizer *opt = (dot_optimizer *)argument; \
+    dot__slot *slot = dot__slot_of_piece(opt, piece); \
+    dot__scalars s = dot__common_scalars(opt, slot, lane); \
+    dot__factor_scratch f = dot__factor_views(slot, lane); \
+    int64_t block = piece - slot->first_piece, rows, row = dot__part(slot->rows, block, slot->block_rows, &rows), n = slot->columns; \
+    double *column = f.column + block * n, theta = 0, beta2 = dot__factor_beta2(opt, slot), eps1 = opt->options.eps1; \
+    const T *w = (T *)dot__at(slot->tensor, lane) + row * n, *g = (T *)dot__at(slot->tensor->grad, lane) + row * n; \
+    T *moment = (T *)dot__at(slot->state[0], lane); \
+    for (int64_t j = 0; j < n; ++j) column[j] = 0; \
+    for (rows += row; row < rows; ++row, w += n, g += n) { \
+        double sum = 0; \
+        for (int64_t j = 0; j < n; ++j) { \
+            double x = s.gradient * (double)g[j] + s.l2 * (double)w[j]; \
+            sum += x * x; \
+            column[j] += x * x; \
+            theta += (double)w[j] * (double)w[j]; \
+        } \
+        f.row[row] = sum; \
+        if (!slot->factored) moment[row] = (T)(beta2 * (double)moment[row] + (1 - beta2) * (sum + eps1)); \
+    } \
+    f.theta[block] = theta; \
+} \
+/* Once a parameter: R, C, mean(R) and the step. */ \
+static void dot__factor_combine_##S(void *argument, int lane, int64_t index) \
+{ \
+    dot_optimizer *opt = (dot_optimizer *)argument; \
+    dot__slot *slot = opt->active_slot[index]; \
+    dot__factor_scratch f = dot__factor_views(slot, lane); \
+    const dot_optimizer_options *o = &opt->options; \
+    double beta2 = dot__factor_beta2(opt, slot), theta = 0, lr = dot__hypers(opt, slot, lane)[DOT_HYPER_LR], sum = 0; \
+    for (int64_t b = 0; b < slot->blocks; ++b) theta += f.theta[b]; \
+    theta = sqrt(theta / (double)slot->tensor->size); \
+    if (o->relative_step && 1 / sqrt((double)slot->t) < lr) lr = 1 / sqrt((double)slot->t); \
+    *f.alpha = lr * opt->multiplier * (!o->scale_parameter ? 1 : theta > o->eps2 ? theta : o->eps2); \
+    if (!slot->factored) return; \
+    T *r = (T *)dot__at(slot->state[0], lane), *c = (T *)dot__at(slot->state[1], lane); \
+    for (int64_t i = 0; i < slot->rows; ++i) { \
+        r[i] = (T)(beta2 * (double)r[i] + (1 - beta2) * (f.row[i] / (double)slot->columns + o->eps1)); \
+        sum += (double)r[i]; \
+    } \
+    *f.mean = sum / (double)slot->rows; \
+    for (int64_t j = 0; j < slot->columns; ++j) { \
+        double total = 0; \
+        for (int64_t b = 0; b < slot->blocks; ++b) total += f.column[b * slot->columns + j]; \
+        c[j] = (T)(beta2 * (double)c[j] + (1 - beta2) * (total / (double)slot->rows + o->eps1)); \
+    } \
+} \
+/* U = g / sqrt(V): its sum of squares by block, or, with `apply`, the update of theta. */ \
+static void dot__factor_update_##S(const dot_optimizer *opt, int lane, int64_t piece, bool apply) \
+{ \
+    dot__slot *slot = dot__slot_of_piece(opt, piece); \
+    dot__scalars s = dot__common_scalars(opt, slot, lane); \
+    dot__factor_scratch f = dot__factor_views(slot, lane); \
+    int64_t block = piece - slot->first_piece, rows, row = dot__part(slot->rows, block, slot->block_rows, &rows), n = slot->columns; \
+    T *w = (T *)dot__at(slot->tensor, lane) + row * n, *m = slot->state[2] ? (T *)dot__at(slot->state[2], lane) + row * n : NULL; \
+    const T *g = (T *)dot__at(slot->tensor->grad, lane) + row * n, *r = (T *)dot__at(slot->state[0], lane); \
+    const T *c = slot->factored ? (T *)dot__at(slot->state[1], lane) : NULL; \
+    double sum = 0, scale = apply ? *f.alpha * *f.shrink : 1, beta1 = dot__hypers(opt, slot, lane)[DOT_HYPER_BETA1]; \
+    for (rows += row; row < rows; ++row, w += n, g += n) { \
+        double base = c ? (double)r[row] / *f.mean : (double)r[row]; \
+        for (int64_t j = 0; j < n; ++j) { \
+            double x = s.gradient * (double)g[j] + s.l2 * (double)w[j]; \
+            double u = x == 0 ? 0 : x / sqrt(c ? base * (double)c[j] : base); \
+            sum += u * u; \
+            if (!apply) continue; \
+            u *= scale; \
+            if (m) u = (double)(m[j] = (T)(beta1 * (double)m[j] + (1 - beta1) * u)); \
+            w[j] = (T)(s.keep * (double)w[j] - u); \
+        } \
+        if (m) m += n; \
+    } \
+    if (!apply) f.update[block] = sum; \
+} \
+static void dot__factor_measure_##S(void *opt, int lane, int64_t piece) { dot__factor_update_##S((dot_optimizer *)opt, lane, piece, false); } \
+static void dot__factor_apply_##S(void *opt, int lane, int64_t piece) { dot__factor_update_##S((dot_optimizer *)opt, lane, piece, true); }
+DOT__FACTOR_PIECES(float, f32)
+DOT__FACTOR_PIECES(double, f64)
+
+static void dot__factor_clip(void *argument, int lane, int64_t index)
+{
+    dot_optimizer *opt = (dot_optimizer *)argument;
+    dot__slot *slot = opt->active_slot[index];
+    dot__factor_scratch f = dot__factor_views(slot, lane);
+    double sum = 0;
+    for (int64_t b = 0; b < slot->blocks; ++b) sum += f.update[b];
+    double rms = sqrt(sum / (double)slot->tensor->size) / opt->options.clip_threshold;
+    *f.shrink = rms > 1 || rms != rms ? 1 / rms : 1;
+}
+
+static bool dot__factor_step(dot_optimizer *opt)
+{
+    dot_context *ctx = opt->ctx;
+    bool f32 = ctx->dtype == DOT_F32;
+    dot__mark mark = dot__scratch_begin(ctx);
+    for (int i = 0; i < opt->active; ++i) {
+        dot__slot *slot = opt->active_slot[i];
+        slot->scratch = (char *)dot__step_alloc(ctx, dot__factor_scratch_size(slot) * (size_t)ctx->lanes * sizeof(double));
+        if (!slot->scratch) return false;
+    }
+    for (int i = 0; i < opt->active; ++i) opt->active_slot[i]->t++;
+    dot__parallel(ctx, true, opt->pieces, f32 ? dot__factor_moments_f32 : dot__factor_moments_f64, opt);
+    dot__parallel(ctx, true, opt->active, f32 ? dot__factor_combine_f32 : dot__factor_combine_f64, opt);
+    dot__parallel(ctx, true, opt->pieces, f32 ? dot__factor_measure_f32 : dot__factor_measure_f64, opt);
+    dot__parallel(ctx, true, opt->active, dot__factor_clip, opt);
+    dot__parallel(ctx, true, opt->pieces, f32 ? dot__factor_apply_f32 : dot__factor_apply_f64, opt);
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+bool dot_optimizer_step(dot_optimizer *opt, double multiplier)
+{
+    if (!opt || !dot_ok(opt->ctx)) return false;
+    if (!dot__finite(multiplier) || multiplier < 0) {
+        dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_optimizer_step: multiplier %g, expected 0 or more", multiplier);
+        return false;
+    }
+    opt->multiplier = multiplier;
+    dot__select(opt, false, opt->factored);
+    if (opt->factored) {
+        if (!dot__factor_step(opt)) return false;
+    } else {
+        for (int i = 0; i < opt->active; ++i) opt->active_slot[i]->t++;
+        dot__parallel(opt->ctx, true, opt->pieces, dot__rule_piece, opt);
+    }
+    opt->steps++;
+    for (int lane = 0; lane < opt->ctx->lanes; ++lane) opt->clip[lane] = 1;
+    return dot_zero_grad(opt->layer);
+}
+
+/* ==== [10 schedules] =============================================================================== */
+
+static dot_schedule dot__schedule(dot_schedule_kind kind, int64_t total, double floor_, double factor)
+{
+    dot_schedule s;
+    memset(&s, 0, sizeof s);
+    s.kind = kind;
+    s.total = total;
+    s.floor = floor_;
+    s.factor = factor;
+    return s;
+}
+
+dot_schedule dot_schedule_constant(void) { return dot__schedule(DOT_SCHEDULE_CONSTANT, 1, 0, 1); }
+dot_schedule dot_schedule_cosine(int64_t total, double floor) { return dot__schedule(DOT_SCHEDULE_COSINE, total, floor, 1); }
+
+dot_schedule dot_schedule_warm_restarts(int64_t first, int factor, double floor)
+{
+    return dot__schedule(DOT_SCHEDULE_WARM_RESTARTS, first, floor, (double)factor);
+}
+
+/* More milestones than there is room for make an invalid schedule. */
+dot_schedule dot_schedule_step_drop(const int64_t *milestones, int count, double gamma)
+{
+    dot_schedule s = dot__schedule(DOT_SCHEDULE_STEP_DROP, 1, 0, gamma);
+    s.milestone_count = count;
+    for (int i = 0; milestones && i < count && i < 16; ++i) s.milestones[i] = milestones[i];
+    if (count > 0 && !milestones) s.milestone_count = -1;
+    return s;
+}
+
+static bool dot__schedule_ok(const dot_schedule *s)
+{
+    return s && (unsigned)s->kind <= DOT_SCHEDULE_WARM_RESTARTS && s->total >= 1 && s->floor >= 0 && s->floor <= 1 && s->factor >= 0
+        && dot__finite(s->factor) && s->milestone_count >= 0 && s->milestone_count <= 16
+        && (s->kind != DOT_SCHEDULE_WARM_RESTARTS || s->factor >= 1);
+}
+
+/* The restart period that a step lies in: its beginning and length. Counted with whole numbers, never with a logarithm,
+   which errs at the restarts themselves. */
+static int64_t dot__period_of(const dot_schedule *s, int64_t step, int64_t *length)
+{
+    int64_t begin = 0;
+    *length = s->total;
+    if (s->factor == 1) return step / s->total * s->total;
+    while (step - begin >= *length && *length < INT64_MAX / 4096) {
+        begin += *length;
+        *length = (int64_t)((double)*length * s->factor);
+    }
+    return begin;
+}
+
+static double dot__cosine(int64_t step, int64_t total, double floor_)
+{
+    double p = step >= total ? 1 : (double)step / (double)total;
+    return floor_ + (1 - floor_) * 0.5 * (1 + cos(3.14159265358979323846 * p));
+}
+
+double dot_schedule_at(const dot_schedule *s, int64_t step)
+{
+    if (!dot__schedule_ok(s)) return (double)NAN;
+    if (step < 0) step = 0;
+    double value = 1;
+    int64_t length, begin;
+    switch (s->kind) {
+    case DOT_SCHEDULE_STEP_DROP:
+        for (int i = 0; i < s->milestone_count; ++i)
+            if (step >= s->milestones[i]) value *= s->factor;
+        return value;
+    case DOT_SCHEDULE_COSINE:
+        return dot__cosine(step, s->total, s->floor);
+    case DOT_SCHEDULE_WARM_RESTARTS:
+        begin = dot__period_of(s, step, &length);
+        return dot__cosine(step - begin, length, s->floor);
+    default:
+        return 1;
+    }
+}
+
+int64_t dot_schedule_period(const dot_schedule *s, int64_t step, int64_t total)
+{
+    int64_t length;
+    if (!dot__schedule_ok(s) || s->kind != DOT_SCHEDULE_WARM_RESTARTS) return total;
+    dot__period_of(s, step < 0 ? 0 : step, &length);
+    return length;
+}
+
+/* ==== [11 utilities] =============================================================================== */
+
+double dot_gradient_check(dot_context *ctx, dot_loss_function f, void *user, dot_tensor *const *inputs, int count, double step)
+{
+    if (!dot_ok(ctx) || !f || !inputs) return (double)NAN;
+    bool valid = ctx->lanes == 1 && step > 0 && dot__finite(step) && count >= 0;
+    for (int i = 0; valid && i < count; ++i)
+        valid = inputs[i] && inputs[i]->ctx == ctx && inputs[i]->dtype == DOT_F64 && inputs[i]->persistent && inputs[i]->requires_grad;
+    if (!valid) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_gradient_check: %d inputs, step %g, %d lanes, expected persistent F64 tensors with gradient, a positive step and one lane",
+                  count, step, ctx->lanes);
+        return (double)NAN;
+    }
+    for (int i = 0; i < count; ++i) inputs[i]->has_grad = false;
+    double worst = 0;
+    if (!dot_backward(f(user))) return (double)NAN;
+    for (int i = 0; i < count; ++i) {
+        dot_tensor *t = inputs[i];
+        double *x = (double *)dot__at(t, 0), *g = t->has_grad ? (double *)dot__at(t->grad, 0) : NULL;
+        for (int64_t j = 0; j < t->size; ++j) {
+            double before = x[j], analytic = g ? g[j] : 0;
+            x[j] = before + step;
+            double above = dot_item(f(user), 0);
+            x[j] = before - step;
+            double below = dot_item(f(user), 0), numeric = (above - below) / (2 * step);
+            x[j] = before;
+            double scale = fmax(1, fmax(fabs(analytic), fabs(numeric))), error = fabs(analytic - numeric) / scale;
+            if (!(error <= worst)) worst = error;       /* NaN is the worst */
+            if (!dot_ok(ctx)) return (double)NAN;
+        }
+    }
+    for (int i = 0; i < count; ++i) inputs[i]->has_grad = false;
+    return worst;
+}
+/* ==== [12 files] =================================================================================== */
+
+/* ---- the operating system ---- */
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+
+#ifdef _WIN32
+#include <io.h>
+#include <process.h>
+
+/* What <windows.h> says, without the rest of it. */
+#ifdef __cplusplus
+extern "C"
+#endif
+__declspec(dllimport) int __stdcall MoveFileExA(const char *from, const char *to, unsigned long flags);
+
+static int dot__os_open(const char *path, bool create)
+{
+    int mode = create ? _O_WRONLY | _O_CREAT | _O_EXCL : _O_RDONLY;
+    return _open(path, mode | _O_BINARY | _O_NOINHERIT, _S_IREAD | _S_IWRITE);
+}
+
+static bool dot__os_size(int fd, int64_t *size)
+{
+    struct _stat64 status;
+    if (_fstat64(fd, &status) != 0 || (status.st_mode & _S_IFMT) != _S_IFREG) return false;
+    *size = (int64_t)status.st_size;
+    return true;
+}
+
+static int64_t dot__os_read(int fd, void *to, size_t bytes)          { return _read(fd, to, (unsigned)bytes); }
+static int64_t dot__os_write(int fd, const void *from, size_t bytes) { return _write(fd, from, (unsigned)bytes); }
+static bool    dot__os_seek(int fd, int64_t at)                      { return _lseeki64(fd, at, SEEK_SET) == at; }
+static bool    dot__os_sync(int fd)                                  { return _commit(fd) == 0; }
+static bool    dot__os_close(int fd)                                 { return _close(fd) == 0; }
+static long    dot__os_process(void)                                 { return (long)_getpid(); }
+
+static bool dot__os_rename(const char *from, const char *to)
+{
+    if (MoveFileExA(from, to, 1 | 8)) return true;      /* MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH */
+    errno = EACCES;
+    return false;
+}
+
+static bool dot__os_sync_folder(const char *folder) { (void)folder; return true; }
+
+#else
+#include <unistd.h>     /* what is used of it is declared under -std=c99 too; pread and fileno are not */
+
+static int dot__os_open(const char *path, bool create)
+{
+    int mode = create ? O_WRONLY | O_CREAT | O_EXCL : O_RDONLY | O_NONBLOCK;   /* do not wait for a pipe's writer */
+#ifdef O_CLOEXEC
+    mode |= O_CLOEXEC;
+#endif
+    return open(path, mode, 0666);
+}
+
+static bool dot__os_size(int fd, int64_t *size)
+{
+    struct stat status;
+    if (fstat(fd, &status) != 0 || !S_ISREG(status.st_mode)) return false;
+    *size = (int64_t)status.st_size;
+    return true;
+}
+
+static int64_t dot__os_read(int fd, void *to, size_t bytes)          { return (int64_t)read(fd, to, bytes); }
+static int64_t dot__os_write(int fd, const void *from, size_t bytes) { return (int64_t)write(fd, from, bytes); }
+static bool    dot__os_seek(int fd, int64_t at)      { return (int64_t)lseek(fd, (off_t)at, SEEK_SET) == at; }
+static bool    dot__os_close(int fd)                 { return close(fd) == 0; }
+static long    dot__os_process(void)                 { return (long)getpid(); }
+static bool    dot__os_rename(const char *from, const char *to) { return rename(from, to) == 0; }
+
+static bool dot__os_sync(int fd)
+{
+#ifdef F_FULLFSYNC                                      /* macOS: fsync alone stops at the disk's cache */
+    if (fcntl(fd, F_FULLFSYNC) == 0) return true;
+#endif
+    return fsync(fd) == 0;
+}
+
+/* Makes a rename last. A folder that may not be read, or a file system that cannot flush folders, is no error. */
+static bool dot__os_sync_folder(const char *folder)
+{
+    int fd = dot__os_open(folder, false);
+    if (fd < 0) return errno == EACCES;
+    bool good = fsync(fd) == 0 || errno == EINVAL;
+    return dot__os_close(fd) && good;
+}
+#endif
+
+static bool dot__big_endian(void)
+{
+    const uint16_t one = 1;
+    return *(const unsigned char *)&one == 0;
+}
+
+/* Reverses the bytes of each word: files are little-endian. */
+static void dot__swap_words(unsigned char *bytes, size_t count, size_t word)
+{
+    for (size_t at = 0; at < count; at += word)
+        for (size_t i = 0; i < word / 2; ++i) {
+            unsigned char byte = bytes[at + i];
+            bytes[at + i] = bytes[at + word - 1 - i];
+            bytes[at + word - 1 - i] = byte;
+        }
+}
+
+/* ---- whole reads and writes ---- */
+
+#define DOT__IO_CHUNK ((size_t)1 << 30)     /* the most that every system moves in one call */
+
+static const char *dot__file_reason(void) { return errno ? strerror(errno) : "the file ends early"; }
+
+/* A regular file open for reading, and its size; or -1 with the error set. */
+static int dot__file_open(dot_context *ctx, const char *function, const char *path, int64_t *size)
+{
+    int fd = dot__os_open(path, false);
+    if (fd < 0) {
+        dot__fail(ctx, DOT_ERROR_FILE, "%s: %s: cannot open it: %s", function, path, dot__file_reason());
+    } else if (!dot__os_size(fd, size)) {
+        dot__fail(ctx, DOT_ERROR_FILE, "%s: %s: not a regular file", function, path);
+        dot__os_close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
+static bool dot__file_read(int fd, void *to, size_t bytes)
+{
+    for (char *at = (char *)to; bytes > 0;) {
+        int64_t n = dot__os_read(fd, at, bytes < DOT__IO_CHUNK ? bytes : DOT__IO_CHUNK);
+        if (n < 0 && errno == EINTR) continue;
+        if (n == 0) errno = 0;
+        if (n <= 0) return false;
+        at += n;
+        bytes -= (size_t)n;
+    }
+    return true;
+}
+
+static bool dot__file_write(int fd, const void *from, size_t bytes)
+{
+    for (const char *at = (const char *)from; bytes > 0;) {
+        int64_t n = dot__os_write(fd, at, bytes < DOT__IO_CHUNK ? bytes : DOT__IO_CHUNK);
+        if (n < 0 && errno == EINTR) continue;
+        if (n == 0) errno = ENOSPC;
+        if (n <= 0) return false;
+        at += n;
+        bytes -= (size_t)n;
+    }
+    return true;
+}
+
+/* ---- drafts: a file that takes its place when it is whole, and leaves the old one in place until then ---- */
+
+typedef struct dot__draft {
+    dot_context *ctx;
+    const char *function, *path;
+    char *temporary;            /* beside `path`, so that the rename stays within one file system */
+    int fd;
+} dot__draft;
+
+static bool dot__draft_open(dot__draft *draft, dot_context *ctx, const char *function, const char *path)
+{
+    size_t size = strlen(path) + 48;
+    draft->ctx = ctx;
+    draft->function = function;
+    draft->path = path;
+    draft->temporary = (char *)dot__new(ctx, size);
+    if (!draft->temporary) return false;
+    draft->fd = -1;
+    errno = EEXIST;                                     /* left by a crash, or another thread's */
+    for (int n = 0; n < 100 && draft->fd < 0 && errno == EEXIST; ++n) {
+        snprintf(draft->temporary, size, "%s.tmp.%ld.%d", path, dot__os_process(), n);
+        draft->fd = dot__os_open(draft->temporary, true);
+    }
+    if (draft->fd >= 0) return true;
+    dot__fail(ctx, DOT_ERROR_FILE, "%s: cannot create %s: %s", function, draft->temporary, dot__file_reason());
+    dot__delete(ctx, draft->temporary);
+    return false;
+}
+
+static bool dot__draft_write(dot__draft *draft, const void *from, size_t bytes)
+{
+    if (dot__file_write(draft->fd, from, bytes)) return true;
+    dot__fail(draft->ctx, DOT_ERROR_FILE, "%s: cannot write %s: %s", draft->function, draft->temporary,
+              dot__file_reason());
+    return false;
+}
+
+/* Ends the draft: as the file at `path`, or, if it is not `whole` or cannot be completed, as nothing. */
+static bool dot__draft_close(dot__draft *draft, bool whole)
+{
+    bool good = whole && dot__os_sync(draft->fd);
+    good = dot__os_close(draft->fd) && good;
+    good = good && dot__os_rename(draft->temporary, draft->path);
+    if (!good) {
+        if (whole) dot__fail(draft->ctx, DOT_ERROR_FILE, "%s: cannot flush %s and rename it to %s: %s", draft->function,
+                             draft->temporary, draft->path, dot__file_reason());
+        remove(draft->temporary);
+    } else {
+        char *slash = strrchr(draft->temporary, '/');
+        if (slash) slash[slash == draft->temporary] = 0;
+        good = dot__os_sync_folder(slash ? draft->temporary : ".");
+        if (!good) dot__fail(draft->ctx, DOT_ERROR_FILE, "%s: %s is written, but its folder cannot be flushed: %s",
+                             draft->function, draft->path, dot__file_reason());
+    }
+    dot__delete(draft->ctx, draft->temporary);
+    return good;
+}
+
+/* ---- sorted arrays: heapsort needs no memory, and no input makes it slow ---- */
+
+static void dot__swap(unsigned char *a, unsigned char *b, size_t size)
+{
+    for (size_t i = 0; i < size; ++i) { unsigned char byte = a[i]; a[i] = b[i]; b[i] = byte; }
+}
+
+static void dot__sort(void *items, size_t count, size_t size, int (*compare)(const void *, const void *))
+{
+    unsigned char *base = (unsigned char *)items;
+    size_t begin = count / 2, end = count;
+    while (end > 1) {
+        if (begin > 0) --begin;                         /* first build the heap, */
+        else dot__swap(base, base + --end * size, size);/* then take its largest again and again */
+        for (size_t parent = begin, child; (child = 2 * parent + 1) < end; parent = child) {
+            if (child + 1 < end && compare(base + child * size, base + (child + 1) * size) < 0) ++child;
+            if (compare(base + parent * size, base + child * size) >= 0) break;
+            dot__swap(base + parent * size, base + child * size, size);
+        }
+    }
+}
+
+/* For structs whose first member is a name. */
+static int dot__by_name(const void *a, const void *b)
+{
+    return strcmp(*(const char *const *)a, *(const char *const *)b);
+}
+
+/* Sorts by name; returns a name that occurs twice, or NULL. */
+static const char *dot__sort_names(void *items, size_t count, size_t size)
+{
+    const char *base = (const char *)items;
+    dot__sort(items, count, size, dot__by_name);
+    for (size_t i = 1; i < count; ++i)
+        if (dot__by_name(base + (i - 1) * size, base + i * size) == 0) return *(const char *const *)(base + i * size);
+    return NULL;
+}
+
+static int dot__find_name(const void *items, int count, size_t size, const char *name)
+{
+    int low = 0, high = count;
+    while (low < high) {
+        int middle = low + (high - low) / 2;
+        int order = dot__by_name(&name, (const char *)items + (size_t)middle * size);
+        if (order == 0) return middle;
+        if (order < 0) high = middle; else low = middle + 1;
+    }
+    return -1;
+}
+
+/* ---- the text of a safetensors header: JSON objects, strings, lists of integers; nothing else ---- */
+
+#define DOT__ST_MAX_HEADER 100000000            /* the reference's limit */
+#define DOT__ST_MAX_INTEGER 281474976710655     /* 2^48 - 1, that of its JSON schema */
+#define DOT__ST_METADATA "__metadata__"
+
+typedef struct dot__json {      /* a reader of text that ends with a zero byte, which no rule below accepts */
+    dot_context *ctx;
+    const char *function, *path;
+    char *text, *at;
+} dot__json;
+
+static bool dot__json_fail(dot__json *json, const char *expected)
+{
+    dot__fail(json->ctx, DOT_ERROR_FORMAT, "%s: %s: byte %lld of the header: expected %s", json->function, json->path,
+              (long long)(json->at - json->text), expected);
+    return false;
+}
+
+static bool dot__json_take(dot__json *json, char wanted)
+{
+    while (*json->at == ' ' || *json->at == '\t' || *json->at == '\n' || *json->at == '\r') ++json->at;
+    if (*json->at != wanted) return false;
+    ++json->at;
+    return true;
+}
+
+static bool dot__json_need(dot__json *json, char wanted)
+{
+    char expected[] = "' '";
+    expected[1] = wanted;
+    return dot__json_take(json, wanted) || dot__json_fail(json, expected);
+}
+
+/* Bytes of the well-formed UTF-8 sequence at `s` (The Unicode Standard, table 3-7), or 0. */
+static size_t dot__utf8_size(const char *s)
+{
+    unsigned char first = (unsigned char)s[0];
+    if (first < 0x80) return first != 0;
+    if (first < 0xc2 || first > 0xf4) return 0;
+    size_t size = first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+    unsigned char low = first == 0xe0 ? 0xa0 : first == 0xf0 ? 0x90 : 0x80;
+    unsigned char high = first == 0xed ? 0x9f : first == 0xf4 ? 0x8f : 0xbf;
+    for (size_t i = 1; i < size; ++i) {
+        if ((unsigned char)s[i] < low || (unsigned char)s[i] > high) return 0;
+        low = 0x80;
+        high = 0xbf;
+    }
+    return size;
+}
+
+static char *dot__utf8_put(char *out, uint32_t code)
+{
+    static const uint32_t leads[] = { 0, 0xc0, 0xe0, 0xf0 };
+    int more = code < 0x80 ? 0 : code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    *out++ = (char)(unsigned char)(leads[more] | code >> 6 * more);
+    while (more-- > 0) *out++ = (char)(unsigned char)(0x80 | (code >> 6 * more & 0x3f));
+    return out;
+}
+
+/* \uXXXX, the reader being at the u. */
+static bool dot__json_unit(dot__json *json, uint32_t *unit)
+{
+    static const char digits[] = "0123456789abcdef0123456789ABCDEF";
+    *unit = 0;
+    for (int i = 1; i <= 4; ++i) {
+        const char *digit = json->at[i] ? strchr(digits, json->at[i]) : NULL;
+        if (!digit) return dot__json_fail(json, "\\u and four hexadecimal digits");
+        *unit = *unit << 4 | ((uint32_t)(digit - digits) & 15);
+    }
+    json->at += 5;
+    return true;
+}
+
+/* What follows a backslash. */
+static bool dot__json_escape(dot__json *json, char **out)
+{
+    static const char names[] = "\"\\/bfnrt", values[] = "\"\\/\b\f\n\r\t";
+    if (*json->at != 'u') {
+        const char *name = *json->at ? strchr(names, *json->at) : NULL;
+        if (!name) return dot__json_fail(json, "a known escape");
+        *(*out)++ = values[name - names];
+        ++json->at;
+        return true;
+    }
+    uint32_t code, second;
+    if (!dot__json_unit(json, &code)) return false;
+    if (code >= 0xd800 && code < 0xdc00) {
+        if (json->at[0] != '\\' || json->at[1] != 'u') return dot__json_fail(json, "the second half of a surrogate pair");
+        ++json->at;
+        if (!dot__json_unit(json, &second)) return false;
+        if (second < 0xdc00 || second > 0xdfff) return dot__json_fail(json, "the second half of a surrogate pair");
+        code = 0x10000 + ((code - 0xd800) << 10) + (second - 0xdc00);
+    } else if (code == 0 || (code >= 0xdc00 && code <= 0xdfff)) {
+        return dot__json_fail(json, "no zero character and no second half of a surrogate pair before here");
+    }
+    *out = dot__utf8_put(*out, code);
+    return true;
+}
+
+/* A string, unescaped in place (it only becomes shorter) and ended with a zero; or NULL. */
+static const char *dot__json_string(dot__json *json)
+{
+    if (!dot__json_need(json, '"')) return NULL;
+    char *begin = json->at, *out = begin;
+    while (*json->at != '"') {
+        if (*json->at == '\\') {
+            ++json->at;
+            if (!dot__json_escape(json, &out)) return NULL;
+            continue;
+        }
+        size_t size = dot__utf8_size(json->at);
+        if (size == 0 || (size == 1 && *json->at < 0x20)) {
+            dot__json_fail(json, "UTF-8 text without control characters, and a closing quote");
+            return NULL;
+        }
+        while (size-- > 0) *out++ = *json->at++;
+    }
+    ++json->at;
+    *out = 0;
+    return begin;
+}
+
+static bool dot__json_integer(dot__json *json, int64_t *value)
+{
+    static const char expected[] = "an integer from 0 to 281474976710655, without leading zeros";
+    *value = 0;
+    dot__json_take(json, ' ');                          /* for the blanks before */
+    const char *begin = json->at;
+    while (*json->at >= '0' && *json->at <= '9') {
+        if (json->at > begin && *begin == '0') return dot__json_fail(json, expected);
+        *value = *value * 10 + (*json->at - '0');
+        if (*value > DOT__ST_MAX_INTEGER) return dot__json_fail(json, expected);
+        ++json->at;
+    }
+    return json->at > begin || dot__json_fail(json, expected);
+}
+
+/* [a, b, ...]: up to `most` integers. */
+static bool dot__json_integers(dot__json *json, int64_t *values, int most, int *count)
+{
+    *count = 0;
+    if (!dot__json_need(json, '[')) return false;
+    if (dot__json_take(json, ']')) return true;
+    do {
+        if (*count == most) return dot__json_fail(json, most == 2 ? "two integers" : "at most 8 integers");
+        if (!dot__json_integer(json, &values[(*count)++])) return false;
+    } while (dot__json_take(json, ','));
+    return dot__json_need(json, ']');
+}
+
+/* ---- safetensors: the reader ---- */
+
+/* The element types, in the reference's order: by growing alignment. */
+static const struct { const char *name; int bits; int word; int dtype; } dot__st_types[] = {
+    { "BOOL",  8, 1, -1 }, { "F4",       4, 1, -1 },     { "F6_E2M3", 6, 1, -1 },     { "F6_E3M2",     6, 1, -1 },
+    { "U8",    8, 1, DOT_U8 }, { "I8",   8, 1, -1 },     { "F8_E5M2", 8, 1, -1 },     { "F8_E4M3",     8, 1, -1 },
+    { "F8_E8M0", 8, 1, -1 }, { "F8_E4M3FNUZ", 8, 1, -1 }, { "F8_E5M2FNUZ", 8, 1, -1 }, { "I16",       16, 2, -1 },
+    { "U16",  16, 2, -1 }, { "F16",     16, 2, -1 },     { "BF16",   16, 2, -1 },     { "I32",        32, 4, -1 },
+    { "U32",  32, 4, -1 }, { "F32",     32, 4, DOT_F32 }, { "C64",    64, 4, -1 },     { "F64",        64, 8, DOT_F64 },
+    { "I64",  64, 8, DOT_I64 }, { "U64", 64, 8, -1 } };
+enum { DOT__ST_TYPES = (int)(sizeof dot__st_types / sizeof *dot__st_types) };
+
+typedef struct dot__st_entry {
+    dot_safetensors_entry view; /* its first member is the name */
+    int type;
+    int64_t begin, end;         /* of its bytes in the data */
+} dot__st_entry;
+
+typedef struct dot__st_pair { const char *key, *value; } dot__st_pair;
+
+struct dot_safetensors {
+    dot_context *ctx;
+    dot_safetensors *next;      /* open file of the context */
+    int fd;
+    char *path, *header;        /* the header holds all the strings */
+    int64_t data_begin, data_size;
+    dot__st_entry *entries;     /* by name */
+    dot__st_pair *pairs;        /* by key */
+    int entry_count, pair_count;
+};
+
+/* The product of sizes >= 0, or false when it does not fit. */
+static bool dot__product(int rank, const int64_t *shape, int64_t *product)
+{
+    *product = 1;
+    for (int i = 0; i < rank; ++i) {
+        if (shape[i] > 0 && *product > INT64_MAX / shape[i]) return false;
+        *product *= shape[i];
+    }
+    return true;
+}
+
+/* Whether a number >= 0 is one of size_t. */
+static bool dot__fits_size(int64_t number) { return (int64_t)(size_t)number == number && (size_t)number < SIZE_MAX; }
+
+/* {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}, in any order. */
+static bool dot__st_parse_tensor(dot__json *json, dot__st_entry *entry)
+{
+    static const char *const keys[] = { "dtype", "shape", "data_offsets" };
+    int64_t offsets[2] = { 0, 0 };
+    int offset_count = 0;
+    unsigned seen = 0;
+    if (!dot__json_need(json, '{')) return false;
+    do {
+        const char *key = dot__json_string(json), *type;
+        int which = 0;
+        if (!key || !dot__json_need(json, ':')) return false;
+        while (which < 3 && strcmp(key, keys[which]) != 0) ++which;
+        if (which == 3 || (seen & 1u << which))
+            return dot__json_fail(json, "each of the keys dtype, shape, data_offsets once and no other before here");
+        seen |= 1u << which;
+        if (which == 0) {
+            if (!(type = dot__json_string(json))) return false;
+            for (entry->type = 0; strcmp(type, dot__st_types[entry->type].name) != 0;)
+                if (++entry->type == DOT__ST_TYPES) return dot__json_fail(json, "a known dtype before here");
+        } else if (which == 1) {
+            if (!dot__json_integers(json, entry->view.shape, DOT_MAX_RANK, &entry->view.rank)) return false;
+        } else {
+            if (!dot__json_integers(json, offsets, 2, &offset_count)) return false;
+            if (offset_count != 2) return dot__json_fail(json, "two integers before here");
+        }
+    } while (dot__json_take(json, ','));
+    if (seen != 7) return dot__json_fail(json, "the keys dtype, shape, data_offsets before here");
+    entry->begin = offsets[0];
+    entry->end = offsets[1];
+    return dot__json_need(json, '}');
+}
+
+/* Whether dtype, shape and offsets fit each other and the data. */
+static bool dot__st_check_tensor(dot_safetensors *file, dot__json *json, dot__st_entry *entry)
+{
+    dot_safetensors_entry *view = &entry->view;
+    int64_t bits = dot__st_types[entry->type].bits, length = entry->end - entry->begin;
+    const char *wrong = NULL;
+    if (entry->begin > entry->end) wrong = "data_offsets that run backwards";
+    else if (entry->end > file->data_size) wrong = "data_offsets that lie outside the file";
+    else if (!dot__product(view->rank, view->shape, &view->count) || view->count > INT64_MAX / bits)
+        wrong = "a shape whose product overflows";
+    else if (view->count * bits % 8 != 0) wrong = "a size that is not whole bytes";
+    else if (view->count * bits / 8 != length) wrong = "data_offsets that do not fit dtype and shape";
+    else if (!dot__fits_size(length)) wrong = "a size that this machine cannot address";
+    if (wrong) {
+        dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: tensor \"%.80s\" has %s (data_offsets [%lld, %lld], %lld bytes of data)",
+                  json->function, json->path, view->name, wrong, (long long)entry->begin, (long long)entry->end,
+                  (long long)file->data_size);
+        return false;
+    }
+    view->dtype = dot__st_types[entry->type].name;
+    view->bytes = (size_t)length;
+    return true;
+}
+
+/* {"key": "value", ...} */
+static bool dot__st_parse_metadata(dot_safetensors *file, dot__json *json)
+{
+    if (!dot__json_need(json, '{')) return false;
+    if (dot__json_take(json, '}')) return true;
+    do {
+        dot__st_pair pair;
+        if (!(pair.key = dot__json_string(json)) || !dot__json_need(json, ':') || !(pair.value = dot__json_string(json)))
+            return false;
+        file->pairs[file->pair_count++] = pair;
+    } while (dot__json_take(json, ','));
+    return dot__json_need(json, '}');
+}
+
+static bool dot__st_parse(dot_safetensors *file, dot__json *json, const char *end)
+{
+    bool metadata = false;
+    if (*json->at != '{') return dot__json_fail(json, "'{'");
+    ++json->at;
+    if (!dot__json_take(json, '}')) {
+        do {
+            dot__st_entry entry;
+            memset(&entry, 0, sizeof entry);
+            if (!(entry.view.name = dot__json_string(json)) || !dot__json_need(json, ':')) return false;
+            if (strcmp(entry.view.name, DOT__ST_METADATA) != 0) {
+                if (!dot__st_parse_tensor(json, &entry) || !dot__st_check_tensor(file, json, &entry)) return false;
+                file->entries[file->entry_count++] = entry;
+            } else {
+                if (metadata) return dot__json_fail(json, DOT__ST_METADATA " only once before here");
+                metadata = true;
+                if (!dot__st_parse_metadata(file, json)) return false;
+            }
+        } while (dot__json_take(json, ','));
+        if (!dot__json_need(json, '}')) return false;
+    }
+    while (*json->at == ' ') ++json->at;
+    return json->at == end || dot__json_fail(json, "only spaces to the end");
+}
+
+static int dot__st_by_offset(const void *a, const void *b)
+{
+    const dot__st_entry *x = (const dot__st_entry *)a, *y = (const dot__st_entry *)b;
+    if (x->begin != y->begin) return x->begin < y->begin ? -1 : 1;
+    return (x->end > y->end) - (x->end < y->end);
+}
+
+/* The tensors must cover the data without holes and overlaps; names and keys must be unique. Leaves both sorted. */
+static bool dot__st_check(dot_safetensors *file, const char *function)
+{
+    const char *twice;
+    int64_t at = 0;
+    dot__sort(file->entries, (size_t)file->entry_count, sizeof *file->entries, dot__st_by_offset);
+    for (int i = 0; i < file->entry_count; at = file->entries[i++].end)
+        if (file->entries[i].begin != at) {
+            dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: tensor \"%.80s\" begins at byte %lld of the data, expected %lld",
+                      function, file->path, file->entries[i].view.name, (long long)file->entries[i].begin, (long long)at);
+            return false;
+        }
+    if (at != file->data_size) {
+        dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: the tensors take %lld bytes, but the file has %lld bytes of data",
+                  function, file->path, (long long)at, (long long)file->data_size);
+        return false;
+    }
+    twice = dot__sort_names(file->entries, (size_t)file->entry_count, sizeof *file->entries);
+    if (!twice) twice = dot__sort_names(file->pairs, (size_t)file->pair_count, sizeof *file->pairs);
+    if (twice) dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: the name \"%.80s\" occurs twice", function, file->path, twice);
+    return !twice;
+}
+
+/* Memory is bounded by the header's length, which is bounded by the file's: the shortest tensor,
+   "":{"dtype":"U8","shape":[],"data_offsets":[0,0]} has 49 bytes, the shortest metadata, "":"", has 5 and a comma. */
+static bool dot__st_read_header(dot_safetensors *file, const char *function, int64_t size)
+{
+    unsigned char head[8];
+    uint64_t length = 0;
+    dot__json json;
+    if (size < 8) {
+        dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: %lld bytes, expected at least 8", function, file->path, (long long)size);
+        return false;
+    }
+    bool good = dot__file_read(file->fd, head, 8);
+    for (int i = 8; good && i-- > 0;) length = length << 8 | head[i];
+    if (good && (length > DOT__ST_MAX_HEADER || length > (uint64_t)size - 8)) {
+        dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: header of %llu bytes, expected at most %d and the %lld that follow",
+                  function, file->path, (unsigned long long)length, DOT__ST_MAX_HEADER, (long long)(size - 8));
+        return false;
+    }
+    file->data_begin = 8 + (int64_t)length;
+    file->data_size = size - file->data_begin;
+    file->header = (char *)dot__new(file->ctx, (size_t)length + 1);
+    file->entries = (dot__st_entry *)dot__new(file->ctx, ((size_t)length / 49 + 1) * sizeof *file->entries);
+    file->pairs = (dot__st_pair *)dot__new(file->ctx, ((size_t)length / 6 + 1) * sizeof *file->pairs);
+    if (!file->header || !file->entries || !file->pairs) return false;
+    if (!good || !dot__file_read(file->fd, file->header, (size_t)length)) {
+        dot__fail(file->ctx, DOT_ERROR_FILE, "%s: %s: cannot read it: %s", function, file->path, dot__file_reason());
+        return false;
+    }
+    json.ctx = file->ctx;
+    json.function = function;
+    json.path = file->path;
+    json.text = json.at = file->header;
+    return dot__st_parse(file, &json, file->header + length) && dot__st_check(file, function);
+}
+
+static dot_safetensors *dot__st_open(dot_context *ctx, const char *function, const char *path)
+{
+    if (!ctx) return NULL;
+    if (!path) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: path is NULL", function);
+        return NULL;
+    }
+    int64_t size = 0;
+    int fd = dot__file_open(ctx, function, path, &size);
+    if (fd < 0) return NULL;
+    dot_safetensors *file = (dot_safetensors *)dot__new(ctx, sizeof *file);
+    if (!file) {
+        dot__os_close(fd);
+        return NULL;
+    }
+    file->ctx = ctx;
+    file->fd = fd;
+    file->next = ctx->files;
+    ctx->files = file;
+    file->path = (char *)dot__new(ctx, strlen(path) + 1);
+    if (file->path) strcpy(file->path, path);
+    if (!file->path || !dot__st_read_header(file, function, size)) {
+        dot_safetensors_close(file);
+        return NULL;
+    }
+    return file;
+}
+
+dot_safetensors *dot_safetensors_open(dot_context *ctx, const char *path)
+{
+    return dot__st_open(ctx, "dot_safetensors_open", path);
+}
+
+void dot_safetensors_close(dot_safetensors *file)
+{
+    if (!file) return;
+    dot_safetensors **link = &file->ctx->files;
+    while (*link != file) link = &(*link)->next;
+    *link = file->next;
+    dot__os_close(file->fd);
+    dot__delete(file->ctx, file->path);
+    dot__delete(file->ctx, file->header);
+    dot__delete(file->ctx, file->entries);
+    dot__delete(file->ctx, file->pairs);
+    dot__delete(file->ctx, file);
+}
+
+/* What dot_context_destroy calls: memory goes with the context, but open files would stay. */
+static void dot__files_close(dot_context *ctx)
+{
+    while (ctx->files) dot_safetensors_close(ctx->files);
+}
+
+int dot_safetensors_count(const dot_safetensors *file) { return file ? file->entry_count : 0; }
+
+static const dot__st_entry *dot__st_entry_at(const dot_safetensors *file, const char *function, int index)
+{
+    if (index >= 0 && index < file->entry_count) return &file->entries[index];
+    dot__fail(file->ctx, DOT_ERROR_ARGUMENT, "%s: %s: tensor %d, but the file has %d", function, file->path, index,
+              file->entry_count);
+    return NULL;
+}
+
+bool dot_safetensors_entry_at(const dot_safetensors *file, int index, dot_safetensors_entry *entry)
+{
+    if (!file || !entry) return false;
+    const dot__st_entry *found = dot__st_entry_at(file, "dot_safetensors_entry_at", index);
+    if (found) *entry = found->view;
+    return found != NULL;
+}
+
+int dot_safetensors_find(const dot_safetensors *file, const char *name)
+{
+    return file && name ? dot__find_name(file->entries, file->entry_count, sizeof *file->entries, name) : -1;
+}
+
+const char *dot_safetensors_metadata(const dot_safetensors *file, const char *key)
+{
+    int index = file && key ? dot__find_name(file->pairs, file->pair_count, sizeof *file->pairs, key) : -1;
+    return index < 0 ? NULL : file->pairs[index].value;
+}
+
+/* `bytes` of the tensor's data to `out`, in this machine's byte order, from where the last read ended. */
+static bool dot__st_read_part(dot_safetensors *file, const char *function, const dot__st_entry *entry, void *out, size_t bytes)
+{
+    if (!dot__file_read(file->fd, out, bytes)) {
+        dot__fail(file->ctx, DOT_ERROR_FILE, "%s: %s: cannot read tensor \"%.80s\": %s", function, file->path,
+                  entry->view.name, dot__file_reason());
+        return false;
+    }
+    if (dot__big_endian()) dot__swap_words((unsigned char *)out, bytes, (size_t)dot__st_types[entry->type].word);
+    return true;
+}
+
+/* The entry, with the file positioned at its data, if `given` is its `size` (bytes or elements). */
+static const dot__st_entry *dot__st_begin(dot_safetensors *file, const char *function, int index, const void *out,
+                                          bool elements, uint64_t given)
+{
+    const dot__st_entry *entry = dot__st_entry_at(file, function, index);
+    if (!entry) return NULL;
+    uint64_t size = elements ? (uint64_t)entry->view.count : (uint64_t)entry->view.bytes;
+    if (given != size || (!out && size > 0)) {
+        dot__fail(file->ctx, DOT_ERROR_ARGUMENT, "%s: %s: room for %llu %s%s, but tensor \"%.80s\" has %llu", function, file->path,
+                  (unsigned long long)given, elements ? "elements" : "bytes", out ? "" : " at NULL", entry->view.name,
+                  (unsigned long long)size);
+        return NULL;
+    }
+    if (dot__os_seek(file->fd, file->data_begin + entry->begin)) return entry;
+    dot__fail(file->ctx, DOT_ERROR_FILE, "%s: %s: cannot seek: %s", function, file->path, dot__file_reason());
+    return NULL;
+}
+
+static bool dot__st_read(dot_safetensors *file, const char *function, int index, void *out, size_t bytes)
+{
+    const dot__st_entry *entry = dot__st_begin(file, function, index, out, false, bytes);
+    return entry && dot__st_read_part(file, function, entry, out, bytes);
+}
+
+static double dot__st_value(const unsigned char *at, int dtype)
+{
+    float f32;
+    double f64;
+    int64_t i64;
+    switch (dtype) {
+    case DOT_F32: memcpy(&f32, at, sizeof f32); return (double)f32;
+    case DOT_F64: memcpy(&f64, at, sizeof f64); return f64;
+    case DOT_I64: memcpy(&i64, at, sizeof i64); return (double)i64;
+    default:      return (double)*at;
+    }
+}
+
+static bool dot__st_read_double(dot_safetensors *file, const char *function, int index, double *out, int64_t count)
+{
+    unsigned char buffer[4096];
+    const dot__st_entry *entry = dot__st_begin(file, function, index, out, true, (uint64_t)count);
+    if (!entry) return false;
+    int dtype = dot__st_types[entry->type].dtype;
+    if (dtype < 0) {
+        dot__fail(file->ctx, DOT_ERROR_DTYPE, "%s: %s: tensor \"%.80s\" is %s, expected F32, F64, I64 or U8", function,
+                  file->path, entry->view.name, entry->view.dtype);
+        return false;
+    }
+    size_t size = (size_t)dot__st_types[entry->type].word, most = sizeof buffer / size;
+    while (count > 0) {
+        size_t n = count < (int64_t)most ? (size_t)count : most;
+        if (!dot__st_read_part(file, function, entry, buffer, n * size)) return false;
+        for (size_t i = 0; i < n; ++i) *out++ = dot__st_value(buffer + i * size, dtype);
+        count -= (int64_t)n;
+    }
+    return true;
+}
+
+bool dot_safetensors_read(dot_safetensors *file, int index, void *out, size_t bytes)
+{
+    return file && dot__st_read(file, "dot_safetensors_read", index, out, bytes);
+}
+
+bool dot_safetensors_read_double(dot_safetensors *file, int index, double *out, int64_t count)
+{
+    return file && dot__st_read_double(file, "dot_safetensors_read_double", index, out, count);
+}
+
+/* ---- safetensors: the writer ---- */
+
+typedef struct dot__json_text { char *out; uint64_t length; } dot__json_text;     /* out NULL: only counts */
+
+static void dot__put(dot__json_text *text, const char *string)
+{
+    size_t length = strlen(string);
+    if (text->out) memcpy(text->out + text->length, string, length);
+    text->length += length;
+}
+
+static void dot__put_integer(dot__json_text *text, int64_t value)    /* >= 0 */
+{
+    char digits[24], *at = digits + sizeof digits - 1;
+    *at = 0;
+    do *--at = (char)('0' + value % 10); while (value /= 10);
+    dot__put(text, at);
+}
+
+static void dot__put_string(dot__json_text *text, const char *string)
+{
+    dot__put(text, "\"");
+    for (; *string; ++string) {
+        char one[8] = { *string, 0 };
+        unsigned code = (unsigned char)*string;
+        if (code == '"' || code == '\\') dot__put(text, "\\");
+        if (code < 0x20) snprintf(one, sizeof one, "\\u%04x", code);
+        dot__put(text, one);
+    }
+    dot__put(text, "\"");
+}
+
+static bool dot__utf8(const char *string)
+{
+    size_t size;
+    while ((size = dot__utf8_size(string)) > 0) string += size;
+    return *string == 0;
+}
+
+static int dot__st_type(dot_dtype dtype)    /* its row in dot__st_types, or -1 */
+{
+    int type = (int)dtype < 0 ? -1 : DOT__ST_TYPES - 1;
+    while (type >= 0 && dot__st_types[type].dtype != (int)dtype) --type;
+    return type;
+}
+
+/* The bytes of a valid item. */
+static int64_t dot__item_bytes(const dot_safetensors_item *item)
+{
+    int64_t count = 0;
+    dot__product(item->rank, item->shape, &count);
+    return count * dot__st_types[dot__st_type(item->dtype)].word;
+}
+
+/* What is wrong with an item, or NULL. */
+static const char *dot__item_fault(const dot_safetensors_item *item, bool source)
+{
+    int64_t count = 0;
+    if (!item->name || !*item->name) return "no name";
+    if (!dot__utf8(item->name)) return "a name that is not UTF-8";
+    if (strcmp(item->name, DOT__ST_METADATA) == 0) return "a name that is reserved";
+    if (dot__st_type(item->dtype) < 0) return "an unknown dtype";
+    if (item->rank < 0 || item->rank > DOT_MAX_RANK) return "a rank outside 0..8";
+    for (int i = 0; i < item->rank; ++i)
+        if (item->shape[i] < 0 || item->shape[i] > DOT__ST_MAX_INTEGER) return "a size outside 0..281474976710655";
+    if (!dot__product(item->rank, item->shape, &count) || count > DOT__ST_MAX_INTEGER / 8) return "too many elements";
+    if (count > 0 && !item->data && !source) return "no data";
+    return NULL;
+}
+
+static bool dot__metadata_check(dot_context *ctx, const char *function, const char *const *metadata)
+{
+    const char *wrong = NULL;
+    for (int i = 0; metadata && metadata[i] && !wrong; i += 2) {
+        if (!metadata[i + 1]) wrong = "has no value";
+        else if (!dot__utf8(metadata[i]) || !dot__utf8(metadata[i + 1])) wrong = "or its value is not UTF-8";
+        for (int k = 0; k < i && !wrong; k += 2)
+            if (strcmp(metadata[k], metadata[i]) == 0) wrong = "occurs twice";
+        if (wrong) dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: metadata key \"%.80s\" %s", function, metadata[i], wrong);
+    }
+    return !wrong;
+}
+
+typedef struct dot__item_ref { const char *name; const dot_safetensors_item *item; } dot__item_ref;
+
+static int dot__by_alignment(const void *a, const void *b)
+{
+    const dot__item_ref *x = (const dot__item_ref *)a, *y = (const dot__item_ref *)b;
+    int order = dot__st_type(y->item->dtype) - dot__st_type(x->item->dtype);
+    return order ? order : strcmp(x->name, y->name);
+}
+
+/* Checks the items and brings them into the order of the file, the reference's: by falling alignment, then by name. */
+static bool dot__items_order(dot_context *ctx, const char *function, const dot_safetensors_item *items, int count,
+                             bool source, dot__item_ref *order)
+{
+    int64_t total = 0;
+    for (int i = 0; i < count; ++i) {
+        const char *fault = dot__item_fault(&items[i], source);
+        if (!fault && (total += dot__item_bytes(&items[i])) > DOT__ST_MAX_INTEGER) fault = "more data than a file can hold";
+        if (fault) {
+            dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: item %d (\"%.80s\") has %s", function, i,
+                      items[i].name ? items[i].name : "", fault);
+            return false;
+        }
+        order[i].name = items[i].name;
+        order[i].item = &items[i];
+    }
+    const char *twice = dot__sort_names(order, (size_t)count, sizeof *order);
+    if (twice) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: the name \"%.80s\" occurs twice", function, twice);
+        return false;
+    }
+    dot__sort(order, (size_t)count, sizeof *order, dot__by_alignment);
+    return true;
+}
+
+/* {"__metadata__":{...},"name":{"dtype":"F32","shape":[...],"data_offsets":[begin,end]},...} and spaces to a multiple of 8. */
+static void dot__st_put_header(dot__json_text *text, const dot__item_ref *order, int count, const char *const *metadata)
+{
+    int64_t at = 0;
+    dot__put(text, "{");
+    if (metadata && metadata[0]) {
+        dot__put(text, "\"" DOT__ST_METADATA "\":{");
+        for (int i = 0; metadata[i]; ++i) {
+            if (i) dot__put(text, i % 2 ? ":" : ",");
+            dot__put_string(text, metadata[i]);
+        }
+        dot__put(text, count ? "}," : "}");
+    }
+    for (int i = 0; i < count; ++i) {
+        const dot_safetensors_item *item = order[i].item;
+        if (i) dot__put(text, ",");
+        dot__put_string(text, item->name);
+        dot__put(text, ":{\"dtype\":\"");
+        dot__put(text, dot__st_types[dot__st_type(item->dtype)].name);
+        dot__put(text, "\",\"shape\":[");
+        for (int k = 0; k < item->rank; ++k) {
+            if (k) dot__put(text, ",");
+            dot__put_integer(text, item->shape[k]);
+        }
+        dot__put(text, "],\"data_offsets\":[");
+        dot__put_integer(text, at);
+        dot__put(text, ",");
+        dot__put_integer(text, at += dot__item_bytes(item));
+        dot__put(text, "]}");
+    }
+    dot__put(text, "}");
+    while (text->length % 8) dot__put(text, " ");
+}
+
+/* Little-endian, on any machine. */
+static bool dot__st_put_data(dot__draft *draft, const void *data, size_t bytes, size_t word)
+{
+    unsigned char buffer[4096];
+    if (!dot__big_endian()) return dot__draft_write(draft, data, bytes);
+    for (size_t at = 0, n; at < bytes; at += n) {
+        n = bytes - at < sizeof buffer ? bytes - at : sizeof buffer;
+        memcpy(buffer, (const char *)data + at, n);
+        dot__swap_words(buffer, n, word);
+        if (!dot__draft_write(draft, buffer, n)) return false;
+    }
+    return true;
+}
+
+/* Where the elements of items[index] are, until the next call; NULL, with the error set, when they cannot be had. Called
+   once for each item that has elements, in the order of the file. It lets a caller make them in one buffer, one by one. */
+typedef const void *(*dot__item_source)(void *user, int index);
+
+static bool dot__st_write_draft(dot__draft *draft, const dot_safetensors_item *items, int count, const dot__item_ref *order,
+                                const dot__json_text *header, dot__item_source source, void *user)
+{
+    unsigned char head[8];
+    for (int i = 0; i < 8; ++i) head[i] = (unsigned char)(header->length >> 8 * i & 255);
+    if (!dot__draft_write(draft, head, 8) || !dot__draft_write(draft, header->out, (size_t)header->length)) return false;
+    for (int i = 0; i < count; ++i) {
+        const dot_safetensors_item *item = order[i].item;
+        int64_t bytes = dot__item_bytes(item);
+        if (bytes == 0) continue;
+        const void *data = source ? source(user, (int)(item - items)) : item->data;
+        size_t word = (size_t)dot__st_types[dot__st_type(item->dtype)].word;
+        if (!data || !dot__st_put_data(draft, data, (size_t)bytes, word)) return false;
+    }
+    return true;
+}
+
+/* Writes the items; their data are at item->data, or, if there is a source, where it says. */
+static bool dot__st_write(dot_context *ctx, const char *function, const char *path, const dot_safetensors_item *items,
+                          int count, const char *const *metadata, dot__item_source source, void *user)
+{
+    dot__json_text header = { NULL, 0 };
+    dot__draft draft;
+    if (!path || count < 0 || (!items && count > 0)) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: %s", function, !path ? "path is NULL" : "items is NULL or count negative");
+        return false;
+    }
+    dot__item_ref *order = (dot__item_ref *)dot__new(ctx, ((size_t)count + 1) * sizeof *order);
+    bool good = order && dot__items_order(ctx, function, items, count, source != NULL, order) &&
+                dot__metadata_check(ctx, function, metadata);
+    if (good) {
+        dot__st_put_header(&header, order, count, metadata);
+        good = header.length <= DOT__ST_MAX_HEADER;
+        if (!good) dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: header of %llu bytes, expected at most %d", function,
+                             (unsigned long long)header.length, DOT__ST_MAX_HEADER);
+    }
+    if (good) good = (header.out = (char *)dot__new(ctx, (size_t)header.length)) != NULL;
+    if (good) {
+        header.length = 0;
+        dot__st_put_header(&header, order, count, metadata);
+        good = dot__draft_open(&draft, ctx, function, path) &&
+               dot__draft_close(&draft, dot__st_write_draft(&draft, items, count, order, &header, source, user));
+    }
+    dot__delete(ctx, header.out);
+    dot__delete(ctx, order);
+    return good;
+}
+
+bool dot_safetensors_write(dot_context *ctx, const char *path, const dot_safetensors_item *items, int count,
+                           const char *const *metadata)
+{
+    return ctx && dot__st_write(ctx, "dot_safetensors_write", path, items, count, metadata, NULL, NULL);
+}
+
+/* ---- datasets ---- */
+
+struct dot_dataset {
+    dot_context *ctx;
+    const uint8_t *records, *labels;
+    int64_t count, record_size;
+    int64_t first;              /* where record 0 was before the part was taken */
+    int rank;
+    int64_t shape[DOT_MAX_RANK];
+    bool shuffle;
+    int orders;                 /* permutations held: none, one for all lanes, or one a lane */
+    int64_t *order;             /* [orders][2 + count]: ~epoch (0: none), seed, and the permutation */
+    double table[256];          /* of the values of a byte */
+    float table32[256];
+};
+
+dot_dataset_options dot_dataset_defaults(void)
+{
+    dot_dataset_options options;
+    memset(&options, 0, sizeof options);
+    options.magic = DOT__MAGIC_DATASET;
+    options.shuffle = true;
+    options.scale = 1.0 / 255.0;
+    options.first = 0;
+    options.count = -1;
+    return options;
+}
+
+static bool dot__dataset_check(dot_context *ctx, const char *function, const dot_dataset_options *options, int64_t total)
+{
+    double most = ctx->dtype == DOT_F32 ? (double)FLT_MAX : DBL_MAX;
+    if (options->magic != DOT__MAGIC_DATASET)
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: options not made by dot_dataset_defaults", function);
+    else if (!(fabs(options->scale) <= most / 255))
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: scale %g, expected a finite number that 255 times fits the context's dtype",
+                  function, options->scale);
+    else if (options->first < 0 || options->first >= total || options->count < -1 || options->count == 0 ||
+             options->count > total - options->first)
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: first %lld, count %lld, but there are %lld records", function,
+                  (long long)options->first, (long long)options->count, (long long)total);
+    else return true;
+    return false;
+}
+
+static bool dot__dataset_laned(const dot_dataset *dataset)
+{
+    return dataset->shuffle && dataset->ctx->lanes > 1 && !dataset->ctx->same_seeds;
+}
+
+/* Memory for the permutations that the context's seeds ask for; later calls find it there, unless the seeds changed. */
+static bool dot__dataset_reserve(dot_dataset *dataset, const char *function)
+{
+    int wanted = !dataset->shuffle ? 0 : dot__dataset_laned(dataset) ? dataset->ctx->lanes : 1;
+    size_t bytes = 0;
+    if (wanted <= dataset->orders) return true;
+    if (!dot__fits_size(dataset->count + 2) || !dot__mul_size((size_t)dataset->count + 2, sizeof *dataset->order, &bytes) ||
+        !dot__mul_size(bytes, (size_t)wanted, &bytes)) {
+        dot__fail(dataset->ctx, DOT_ERROR_MEMORY, "%s: %d permutations of %lld records do not fit the memory", function, wanted,
+                  (long long)dataset->count);
+        return false;
+    }
+    dot__delete(dataset->ctx, dataset->order);
+    dataset->order = (int64_t *)dot__new(dataset->ctx, bytes);
+    dataset->orders = dataset->order ? wanted : 0;
+    return dataset->order != NULL;
+}
+
+static void dot__dataset_delete(dot_dataset *dataset)
+{
+    dot__delete(dataset->ctx, dataset->order);
+    dot__delete(dataset->ctx, dataset);
+}
+
+/* A dataset of `total` records, or the part that the options ask for, without the records. */
+static dot_dataset *dot__dataset_new(dot_context *ctx, const char *function, int64_t total, int rank, const int64_t *shape,
+                                     const dot_dataset_options *options)
+{
+    const dot_dataset_options defaults = dot_dataset_defaults();
+    if (!options) options = &defaults;
+    if (!dot__dataset_check(ctx, function, options, total)) return NULL;
+    dot_dataset *dataset = (dot_dataset *)dot__new(ctx, sizeof *dataset);
+    if (!dataset) return NULL;
+    dataset->ctx = ctx;
+    dataset->shuffle = options->shuffle;
+    dataset->first = options->first;
+    dataset->count = options->count < 0 ? total - options->first : options->count;
+    dataset->rank = rank;
+    dataset->record_size = 1;
+    for (int i = 0; i < rank; ++i) dataset->record_size *= dataset->shape[i] = shape[i];
+    for (int i = 0; i < 256; ++i) {
+        dataset->table[i] = i * options->scale;
+        dataset->table32[i] = ctx->dtype == DOT_F32 ? (float)dataset->table[i] : 0;
+    }
+    if (dot__dataset_reserve(dataset, function)) return dataset;
+    dot__dataset_delete(dataset);
+    return NULL;
+}
+
+dot_dataset *dot_dataset_memory(dot_context *ctx, const uint8_t *records, const uint8_t *labels, int64_t count, int rank,
+                                const int64_t *shape, const dot_dataset_options *options)
+{
+    static const char function[] = "dot_dataset_memory";
+    int64_t sizes[DOT_MAX_RANK], total = 0;
+    if (!ctx || !dot_ok(ctx)) return NULL;
+    if (!records || count < 1 || rank < 0 || rank >= DOT_MAX_RANK || (rank > 0 && !shape)) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: records %s, count %lld, rank %d, shape %s; expected records, count at least 1, "
+                  "rank 0..%d and its shape", function, records ? "given" : "NULL", (long long)count, rank,
+                  shape ? "given" : "NULL", DOT_MAX_RANK - 1);
+        return NULL;
+    }
+    sizes[0] = count;
+    for (int i = 0; i < rank; ++i) {
+        sizes[i + 1] = shape[i];
+        if (shape[i] < 1) {
+            dot__fail(ctx, DOT_ERROR_SHAPE, "%s: size %lld of axis %d, expected at least 1", function, (long long)shape[i], i);
+            return NULL;
+        }
+    }
+    if (!dot__product(rank + 1, sizes, &total) || !dot__fits_size(total)) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "%s: %lld records of this shape do not fit the memory", function, (long long)count);
+        return NULL;
+    }
+    dot_dataset *dataset = dot__dataset_new(ctx, function, count, rank, shape, options);
+    if (!dataset) return NULL;
+    dataset->records = records + dataset->first * dataset->record_size;
+    dataset->labels = labels ? labels + dataset->first : NULL;
+    return dataset;
+}
+
+/* Opens an IDX file of unsigned bytes and checks it: two zero bytes, the type 8, the number of sizes, the sizes as big-endian
+   32-bit numbers, and exactly as many bytes as they say (LeCun, Cortes, Burges, "The MNIST database"). */
+static int dot__idx_open(dot_context *ctx, const char *function, const char *path, int rank, int64_t *sizes)
+{
+    unsigned char head[16] = { 0 };
+    int64_t size = 0, expected = 0;
+    int begin = 4 + 4 * rank, fd = dot__file_open(ctx, function, path, &size);
+    if (fd < 0) return -1;
+    bool whole = size >= begin;
+    if (!dot__file_read(fd, head, (size_t)(whole ? begin : size < 4 ? (int)size : 4))) {
+        dot__fail(ctx, DOT_ERROR_FILE, "%s: %s: cannot read it: %s", function, path, dot__file_reason());
+    } else if (size >= 4 && (head[0] || head[1] || head[2] != 8 || head[3] != rank)) {
+        dot__fail(ctx, DOT_ERROR_FORMAT, "%s: %s: magic number 0x%02x%02x%02x%02x, expected 0x0000080%d (unsigned bytes, "
+                  "%d dimension%s)%s", function, path, head[0], head[1], head[2], head[3], rank, rank, rank == 1 ? "" : "s",
+                  head[0] == 0x1f && head[1] == 0x8b ? "; it is compressed: gunzip it first" : "");
+    } else if (!whole) {
+        dot__fail(ctx, DOT_ERROR_FORMAT, "%s: %s: %lld bytes, expected at least %d", function, path, (long long)size, begin);
+    } else {
+        for (int i = 0; i < rank; ++i) {
+            const unsigned char *at = head + 4 + 4 * i;
+            sizes[i] = (int64_t)at[0] << 24 | (int64_t)at[1] << 16 | (int64_t)at[2] << 8 | at[3];
+        }
+        bool fits = dot__product(rank, sizes, &expected);
+        if (!fits || expected != size - begin)
+            dot__fail(ctx, DOT_ERROR_FORMAT, "%s: %s: %lld records of %lld x %lld bytes announced, but %lld bytes follow", function,
+                      path, (long long)sizes[0], (long long)(rank > 1 ? sizes[1] : 1), (long long)(rank > 2 ? sizes[2] : 1),
+                      (long long)(size - begin));
+        else if (expected == 0)
+            dot__fail(ctx, DOT_ERROR_FORMAT, "%s: %s: it is empty, expected at least one record", function, path);
+        else if (!dot__fits_size(expected))
+            dot__fail(ctx, DOT_ERROR_MEMORY, "%s: %s: %lld bytes do not fit the memory", function, path, (long long)expected);
+        else return fd;
+    }
+    dot__os_close(fd);
+    return -1;
+}
+
+/* The records of the dataset's part, and the end of the file. */
+static uint8_t *dot__idx_read(const dot_dataset *dataset, const char *function, const char *path, int fd, int rank)
+{
+    int64_t record = rank == 1 ? 1 : dataset->record_size;
+    size_t bytes = (size_t)(dataset->count * record);
+    uint8_t *records = (uint8_t *)dot__new(dataset->ctx, bytes);
+    if (records && (!dot__os_seek(fd, 4 + 4 * rank + dataset->first * record) || !dot__file_read(fd, records, bytes))) {
+        dot__fail(dataset->ctx, DOT_ERROR_FILE, "%s: %s: cannot read it: %s", function, path, dot__file_reason());
+        dot__delete(dataset->ctx, records);
+        records = NULL;
+    }
+    dot__os_close(fd);
+    return records;
+}
+
+static uint8_t *dot__idx_labels(const dot_dataset *dataset, const char *function, const char *path, int64_t total)
+{
+    int64_t count = 0;
+    int fd = dot__idx_open(dataset->ctx, function, path, 1, &count);
+    if (fd < 0) return NULL;
+    if (count == total) return dot__idx_read(dataset, function, path, fd, 1);
+    dot__fail(dataset->ctx, DOT_ERROR_FORMAT, "%s: %s: %lld labels for %lld images", function, path, (long long)count,
+              (long long)total);
+    dot__os_close(fd);
+    return NULL;
+}
+
+dot_dataset *dot_dataset_idx(dot_context *ctx, const char *images, const char *labels, const dot_dataset_options *options)
+{
+    static const char function[] = "dot_dataset_idx";
+    int64_t sizes[4] = { 0, 0, 0, 1 };                  /* [count, H, W], and one channel */
+    uint8_t *records = NULL, *classes = NULL;
+    if (!ctx || !dot_ok(ctx)) return NULL;
+    if (!images) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: images is NULL", function);
+        return NULL;
+    }
+    int fd = dot__idx_open(ctx, function, images, 3, sizes);
+    if (fd < 0) return NULL;
+    dot_dataset *dataset = dot__dataset_new(ctx, function, sizes[0], 3, sizes + 1, options);
+    if (!dataset) {
+        dot__os_close(fd);
+        return NULL;
+    }
+    records = dot__idx_read(dataset, function, images, fd, 3);
+    if (records && labels) classes = dot__idx_labels(dataset, function, labels, sizes[0]);
+    if (!records || (labels && !classes)) {
+        dot__delete(ctx, records);
+        dot__dataset_delete(dataset);
+        return NULL;
+    }
+    dataset->records = records;
+    dataset->labels = classes;
+    return dataset;
+}
+
+static bool dot__dataset_index(const dot_dataset *dataset, const char *function, int64_t index)
+{
+    if (!dataset || (index >= 0 && index < dataset->count)) return dataset != NULL;
+    dot__fail(dataset->ctx, DOT_ERROR_ARGUMENT, "%s: record %lld, but there are %lld", function, (long long)index,
+              (long long)dataset->count);
+    return false;
+}
+
+int64_t dot_dataset_count(const dot_dataset *dataset) { return dataset ? dataset->count : 0; }
+
+const uint8_t *dot_dataset_record(const dot_dataset *dataset, int64_t index)
+{
+    return dot__dataset_index(dataset, "dot_dataset_record", index) ? dataset->records + index * dataset->record_size : NULL;
+}
+
+int dot_dataset_label(const dot_dataset *dataset, int64_t index)
+{
+    return dot__dataset_index(dataset, "dot_dataset_label", index) && dataset->labels ? dataset->labels[index] : -1;
+}
+
+/* ---- batches ---- */
+
+static int64_t dot__batches(const dot_dataset *dataset, const char *function, int64_t batch)
+{
+    if (batch >= 1) return (dataset->count - 1) / batch + 1;
+    dot__fail(dataset->ctx, DOT_ERROR_ARGUMENT, "%s: batch %lld, expected at least 1", function, (long long)batch);
+    return 0;
+}
+
+int64_t dot_batches(const dot_dataset *dataset, int64_t batch)
+{
+    return dataset ? dot__batches(dataset, "dot_batches", batch) : 0;
+}
+
+/* The epoch's permutation of the records for one lane, or NULL for the order as it is: Fisher and Yates' shuffle (Durstenfeld
+   1964; Knuth, vol. 2, algorithm P), draw i from stream SHUFFLE + epoch of the lane's seed. */
+static const int64_t *dot__dataset_order(dot_dataset *dataset, int lane, int64_t epoch)
+{
+    if (!dataset->shuffle) return NULL;
+    uint64_t seed = dataset->ctx->lane_seeds[lane], stream = (uint64_t)DOT__STREAM_SHUFFLE + (uint64_t)epoch;
+    int64_t *key = dataset->order + lane * (dataset->count + 2), *order = key + 2;
+    if (key[0] == ~epoch && (uint64_t)key[1] == seed) return order;
+    for (int64_t i = 0; i < dataset->count; ++i) order[i] = i;
+    for (int64_t i = dataset->count - 1; i > 0; --i) {
+        int64_t k = (int64_t)(dot_random_uniform(seed, stream, (uint64_t)i) * (double)(i + 1));
+        int64_t record = order[i];
+        order[i] = order[k];
+        order[k] = record;
+    }
+    key[0] = ~epoch;
+    key[1] = (int64_t)seed;
+    return order;
+}
+
+typedef void (*dot__take)(const dot_dataset *dataset, int64_t record, int64_t row, void *out);
+
+static void dot__take_f32(const dot_dataset *dataset, int64_t record, int64_t row, void *out)
+{
+    const uint8_t *from = dataset->records + record * dataset->record_size;
+    float *to = (float *)out + row * dataset->record_size;
+    for (int64_t i = 0; i < dataset->record_size; ++i) to[i] = dataset->table32[from[i]];
+}
+
+static void dot__take_f64(const dot_dataset *dataset, int64_t record, int64_t row, void *out)
+{
+    const uint8_t *from = dataset->records + record * dataset->record_size;
+    double *to = (double *)out + row * dataset->record_size;
+    for (int64_t i = 0; i < dataset->record_size; ++i) to[i] = dataset->table[from[i]];
+}
+
+static void dot__take_label(const dot_dataset *dataset, int64_t record, int64_t row, void *out)
+{
+    ((int64_t *)out)[row] = dataset->labels[record];
+}
+
+/* Batch `step` of whatever `gather` takes from a record, of shape [batch] + the first `rank` sizes of a record's shape. One
+   copy for all lanes if they see the same records, else one for each active lane. */
+static dot_tensor *dot__batch(dot_dataset *dataset, const char *function, int64_t batch, int64_t step, dot_dtype dtype, int rank,
+                              dot__take gather)
+{
+    int64_t shape[DOT_MAX_RANK] = { 0 }, batches = dot__batches(dataset, function, batch);
+    dot_context *ctx = dataset->ctx;
+    if (batches == 0) return NULL;
+    if (step < 0) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: step %lld, expected at least 0", function, (long long)step);
+        return NULL;
+    }
+    if (!dot__dataset_reserve(dataset, function)) return NULL;
+    int64_t epoch = step / batches, begin = step % batches * batch;
+    bool laned = dot__dataset_laned(dataset);
+    shape[0] = batch < dataset->count - begin ? batch : dataset->count - begin;
+    for (int i = 0; i < rank; ++i) shape[i + 1] = dataset->shape[i];
+    dot_tensor *out = dot__step_tensor(ctx, dtype, rank + 1, shape, laned);
+    for (int lane = 0; out && lane < (laned ? ctx->lanes : 1); ++lane) {
+        if (laned && !dot_lane_active(ctx, lane)) continue;
+        const int64_t *order = dot__dataset_order(dataset, lane, epoch);
+        for (int64_t row = 0; row < shape[0]; ++row)
+            gather(dataset, order ? order[begin + row] : begin + row, row, dot__at(out, lane));
+    }
+    return out;
+}
+
+dot_tensor *dot_batch(dot_dataset *dataset, int64_t batch, int64_t step)
+{
+    if (!dataset || !dot_ok(dataset->ctx)) return NULL;
+    dot_dtype dtype = dataset->ctx->dtype;
+    return dot__batch(dataset, "dot_batch", batch, step, dtype, dataset->rank, dtype == DOT_F32 ? dot__take_f32 : dot__take_f64);
+}
+
+dot_tensor *dot_batch_labels(dot_dataset *dataset, int64_t batch, int64_t step)
+{
+    if (!dataset || !dot_ok(dataset->ctx)) return NULL;
+    if (!dataset->labels) {
+        dot__fail(dataset->ctx, DOT_ERROR_STATE, "dot_batch_labels: the dataset has no labels");
+        return NULL;
+    }
+    return dot__batch(dataset, "dot_batch_labels", batch, step, DOT_I64, 0, dot__take_label);
+}
+
+/* ---- weights and checkpoints ----
+   Both are lists of named arrays in the library's memory; one list serves writing and reading. */
+
+typedef struct dot__stored {
+    char name[DOT_MAX_NAME + 64];
+    dot_dtype dtype;
+    int rank;
+    int64_t shape[DOT_MAX_RANK];
+    const dot__layout *layout;          /* of the elements at `data`, which the file has in PyTorch's order; or NULL */
+    int64_t count;
+    char *data;                         /* of lane 0 of the list's lane, */
+    dot_tensor *tensor;                 /* and the tensor that it belongs to, or NULL */
+} dot__stored;
+
+typedef struct dot__list {
+    dot_context *ctx;
+    const char *prefix;
+    int lane, count, room;              /* room 0: only count */
+    dot__stored *stored;
+    void *buffer;                       /* the largest array */
+    size_t largest;
+} dot__list;
+
+static void dot__list_add(dot__list *list, const char *name, const char *suffix, dot_dtype dtype, int rank, const int64_t *shape,
+                          const dot__layout *layout, int64_t count, void *data, dot_tensor *tensor)
+{
+    size_t bytes = (size_t)count * dot_dtype_size(dtype);
+    if (bytes > list->largest) list->largest = bytes;
+    if (list->count < list->room) {
+        dot__stored *s = &list->stored[list->count];
+        snprintf(s->name, sizeof s->name, "%s%s%s%s", list->prefix, name, suffix ? "." : "", suffix ? suffix : "");
+        s->dtype = dtype;
+        s->rank = rank;
+        for (int i = 0; i < rank; ++i) s->shape[i] = shape[i];
+        s->layout = layout;
+        s->count = count;
+        s->data = (char *)data;
+        s->tensor = tensor;
+    }
+    list->count++;
+}
+
+static bool dot__list_visit(void *user, const char *name, dot__parameter *p)
+{
+    dot__list *list = (dot__list *)user;
+    dot__list_add(list, name, NULL, p->tensor->dtype, p->rank, p->shape, &p->layout, p->tensor->size, dot__at(p->tensor, list->lane),
+                  p->tensor);
+    return true;
+}
+
+/* Makes the list: `fill` is run twice, to count and to fill in. */
+static bool dot__list_make(dot__list *list, dot_context *ctx, bool (*fill)(dot__list *list, void *user), void *user)
+{
+    memset(list, 0, sizeof *list);
+    list->ctx = ctx;
+    list->prefix = "";
+    if (!fill(list, user)) return false;
+    list->room = list->count;
+    list->count = 0;
+    list->stored = (dot__stored *)dot__new(ctx, (size_t)(list->room + 1) * sizeof *list->stored);
+    list->buffer = list->stored ? dot__new(ctx, list->largest) : NULL;
+    return list->buffer && fill(list, user);
+}
+
+static void dot__list_free(dot__list *list)
+{
+    dot__delete(list->ctx, list->stored);
+    dot__delete(list->ctx, list->buffer);
+}
+
+/* Elements between memory and PyTorch's order. */
+static void dot__reorder(const dot__stored *s, void *torch, bool to_torch)
+{
+    size_t size = dot_dtype_size(s->dtype);
+    if (!s->layout) {
+        memcpy(to_torch ? torch : s->data, to_torch ? s->data : torch, (size_t)s->count * size);
+        return;
+    }
+    dot__torch_walk w = dot__torch_begin(s->layout);
+    char *outside = (char *)torch;
+    for (int64_t i = 0; i < s->count; ++i, dot__torch_next(&w), outside += size) {
+        char *inside = s->data + (size_t)w.offset * size;
+        memcpy(to_torch ? outside : inside, to_torch ? inside : outside, size);
+    }
+}
+
+static const void *dot__list_source(void *user, int index)
+{
+    dot__list *list = (dot__list *)user;
+    dot__reorder(&list->stored[index], list->buffer, true);
+    return list->buffer;
+}
+
+static bool dot__list_write(dot__list *list, const char *function, const char *path, const char *const *metadata)
+{
+    dot_safetensors_item *items = (dot_safetensors_item *)dot__new(list->ctx, (size_t)(list->count + 1) * sizeof *items);
+    if (!items) return false;
+    for (int i = 0; i < list->count; ++i) {
+        items[i].name = list->stored[i].name;
+        items[i].dtype = list->stored[i].dtype;
+        items[i].rank = list->stored[i].rank;
+        memcpy(items[i].shape, list->stored[i].shape, sizeof items[i].shape);
+    }
+    bool ok = dot__st_write(list->ctx, function, path, items, list->count, metadata, dot__list_source, list);
+    dot__delete(list->ctx, items);
+    return ok;
+}
+
+/* Finds every array of the list in the file, and nothing else there; `convert`: F32 and F64 stand for each other. */
+static bool dot__list_match(const dot__list *list, const char *function, dot_safetensors *file, const char *path, bool convert)
+{
+    for (int i = 0; i < list->count; ++i) {
+        const dot__stored *s = &list->stored[i];
+        dot_safetensors_entry e;
+        int at = dot_safetensors_find(file, s->name);
+        if (at < 0 || !dot_safetensors_entry_at(file, at, &e)) {
+            dot__fail(list->ctx, DOT_ERROR_FORMAT, "%s: %s: no tensor \"%s\"", function, path, s->name);
+            return false;
+        }
+        bool is_float = strcmp(e.dtype, "F32") == 0 || strcmp(e.dtype, "F64") == 0;
+        bool type = strcmp(e.dtype, dot__dtype_name(s->dtype)) == 0 || (convert && dot__is_float(s->dtype) && is_float);
+        if (!type || e.rank != s->rank || (e.rank > 0 && memcmp(e.shape, s->shape, sizeof(int64_t) * (size_t)e.rank) != 0)) {
+            dot__fail(list->ctx, DOT_ERROR_SHAPE, "%s: %s: tensor \"%s\" is %s %s, expected %s %s", function, path, s->name, e.dtype,
+                      dot__shape_text(e.rank, e.shape).text, dot__dtype_name(s->dtype), dot__shape_text(s->rank, s->shape).text);
+            return false;
+        }
+    }
+    if (dot_safetensors_count(file) == list->count) return true;
+    dot__fail(list->ctx, DOT_ERROR_FORMAT, "%s: %s: %d tensors, expected %d", function, path, dot_safetensors_count(file), list->count);
+    return false;
+}
+
+/* Reads everything before the first value changes. Weights come as doubles, for any lane; a checkpoint as it is. */
+static bool dot__list_read(dot__list *list, const char *function, dot_safetensors *file, const char *path, bool convert)
+{
+    dot_context *ctx = list->ctx;
+    size_t total = 0, at = 0;
+    if (!dot__list_match(list, function, file, path, convert)) return false;
+    for (int i = 0; i < list->count; ++i)
+        total += (size_t)dot__round_up(list->stored[i].count * (convert ? 8 : (int64_t)dot_dtype_size(list->stored[i].dtype)), 8);
+    char *staged = (char *)dot__new(ctx, total);
+    if (!staged) return false;
+    for (int pass = 0; pass < 2; ++pass, at = 0)
+        for (int i = 0; i < list->count; ++i) {
+            const dot__stored *s = &list->stored[i];
+            size_t bytes = (size_t)s->count * (convert ? sizeof(double) : dot_dtype_size(s->dtype));
+            int index = dot_safetensors_find(file, s->name);
+            void *values = staged + at;
+            at += (bytes + 7) / 8 * 8;
+            if (pass == 0 && !(convert ? dot_safetensors_read_double(file, index, (double *)values, s->count)
+                                       : dot_safetensors_read(file, index, values, bytes))) {
+                dot__delete(ctx, staged);
+                return false;
+            }
+            if (pass == 1 && !convert) dot__reorder(s, values, false);
+            if (pass == 1 && convert)
+                for (int lane = 0; lane < ctx->lanes; ++lane)
+                    dot__torch_set(s->layout, s->dtype, dot__at(s->tensor, lane), s->count, (const double *)values);
+        }
+    dot__delete(ctx, staged);
+    return true;
+}
+
+typedef struct dot__weights { dot_layer *layer; int lane; } dot__weights;
+
+static bool dot__list_weights(dot__list *list, void *user)
+{
+    dot__weights *w = (dot__weights *)user;
+    list->lane = w->lane;
+    return dot__visit(w->layer, "", dot__list_visit, list);
+}
+
+static bool dot__save(const char *function, dot_layer *layer, int lane, const char *path)
+{
+    static const char *const metadata[] = { "format", "pt", NULL };
+    dot__weights weights = { layer, lane };
+    dot__list list;
+    if (!layer || !path || !dot__lane_ok(layer->ctx, function, lane, false)) return false;
+    bool ok = dot__list_make(&list, layer->ctx, dot__list_weights, &weights) && dot__list_write(&list, function, path, metadata);
+    dot__list_free(&list);
+    return ok;
+}
+
+bool dot_save(dot_layer *layer, const char *path) { return dot__save("dot_save", layer, 0, path); }
+bool dot_save_lane(dot_layer *layer, int lane, const char *path) { return dot__save("dot_save_lane", layer, lane, path); }
+
+bool dot_load(dot_layer *layer, const char *path)
+{
+    dot__weights weights = { layer, 0 };
+    dot__list list;
+    if (!layer || !path || !dot_ok(layer->ctx)) return false;
+    dot_safetensors *file = dot__st_open(layer->ctx, "dot_load", path);
+    if (!file) return false;
+    bool ok = dot__list_make(&list, layer->ctx, dot__list_weights, &weights) && dot__list_read(&list, "dot_load", file, path, true);
+    dot__list_free(&list);
+    dot_safetensors_close(file);
+    return ok;
+}
+
+/* ---- checkpoints ---- */
+
+typedef struct dot__training {
+    dot_layer *layer;
+    dot_optimizer *optimizer;
+    int64_t *counters;              /* user's step; updates; random state; seeds of the lanes; updates of each parameter */
+    int64_t counter_count;
+    uint8_t *stopped;               /* lanes */
+} dot__training;
+
+/* The names of an algorithm's states are PyTorch's, where it has them. */
+static const char *dot__state_name(const dot_optimizer *opt, const dot__slot *slot, int state)
+{
+    static const char *const names[3][DOT__STATES] = { { "momentum_buffer", "", "" }, { "exp_avg", "exp_avg_sq", "" },
+                                                       { "row_var", "col_var", "exp_avg" } };
+    if (opt->factored && !slot->factored && state == 0) return "variance";
+    return names[opt->factored ? 2 : opt->rule == DOT__RULE_ADAM ? 1 : 0][state];
+}
+
+static void dot__list_slot(dot__list *list, dot_optimizer *opt, dot__slot *slot)
+{
+    for (int i = 0; i < DOT__STATES; ++i) {
+        dot_tensor *t = slot->state[i];
+        if (!t) continue;
+        const dot__parameter *p = slot->parameter;
+        bool whole = !opt->factored || i == 2;          /* one value for each of the parameter's: in its shape */
+        dot__list_add(list, slot->name, dot__state_name(opt, slot, i), t->dtype, whole ? p->rank : 1, whole ? p->shape : &t->size,
+                      whole ? &p->layout : NULL, t->size, dot__at(t, list->lane), t);
+    }
+}
+
+static bool dot__list_training(dot__list *list, void *user)
+{
+    dot__training *t = (dot__training *)user;
+    dot_optimizer *opt = t->optimizer;
+    int lanes = list->ctx->lanes;
+    int64_t hypers[3] = { opt->groups, lanes, DOT_HYPERS }, lane_count = lanes;
+    char prefix[2][48];
+    for (list->lane = 0; list->lane < lanes; ++list->lane) {
+        if (lanes == 1) prefix[0][0] = 0; else snprintf(prefix[0], sizeof prefix[0], "lane%d.", list->lane);
+        snprintf(prefix[1], sizeof prefix[1], "%smodel.", prefix[0]);
+        list->prefix = prefix[1];
+        if (!dot__visit(t->layer, "", dot__list_visit, list)) return false;
+        snprintf(prefix[1], sizeof prefix[1], "%soptimizer.", prefix[0]);
+        for (int i = 0; i < opt->slots; ++i) dot__list_slot(list, opt, &opt->slot[i]);
+    }
+    list->prefix = "";
+    dot__list_add(list, "counters", NULL, DOT_I64, 1, &t->counter_count, NULL, t->counter_count, t->counters, NULL);
+    dot__list_add(list, "stopped", NULL, DOT_U8, 1, &lane_count, NULL, lane_count, t->stopped, NULL);
+    dot__list_add(list, "hyperparameters", NULL, DOT_F64, 3, hypers, NULL, hypers[0] * hypers[1] * hypers[2], opt->hyper, NULL);
+    return true;
+}
+
+static bool dot__training_begin(dot__training *t, const char *function, dot_layer *layer, dot_optimizer *optimizer)
+{
+    memset(t, 0, sizeof *t);
+    if (!layer || !optimizer) return false;
+    dot_context *ctx = layer->ctx;
+    if (optimizer->layer != layer) {
+        dot__fail(ctx, DOT_ERROR_STATE, "%s: the optimizer is of another layer", function);
+        return false;
+    }
+    t->layer = layer;
+    t->optimizer = optimizer;
+    t->counter_count = 4 + ctx->lanes + optimizer->slots;
+    t->counters = (int64_t *)dot__new(ctx, (size_t)t->counter_count * sizeof(int64_t));
+    t->stopped = (uint8_t *)dot__new(ctx, (size_t)ctx->lanes);
+    return t->counters && t->stopped;
+}
+
+static void dot__training_end(dot__training *t)
+{
+    if (!t->layer) return;
+    dot__delete(t->layer->ctx, t->counters);
+    dot__delete(t->layer->ctx, t->stopped);
+}
+
+static void dot__training_collect(dot__training *t, int64_t step)
+{
+    dot_context *ctx = t->layer->ctx;
+    int64_t *c = t->counters;
+    *c++ = step;
+    *c++ = t->optimizer->steps;
+    *c++ = (int64_t)ctx->step;
+    *c++ = (int64_t)ctx->inits;
+    for (int lane = 0; lane < ctx->lanes; ++lane) {
+        t->stopped[lane] = ctx->lane_stopped[lane];
+        *c++ = (int64_t)ctx->lane_seeds[lane];
+    }
+    for (int i = 0; i < t->optimizer->slots; ++i) *c++ = t->optimizer->slot[i].t;
+}
+
+static void dot__training_restore(dot__training *t, int64_t *step)
+{
+    dot_context *ctx = t->layer->ctx;
+    const int64_t *c = t->counters;
+    if (step) *step = c[0];
+    t->optimizer->steps = c[1];
+    ctx->step = (uint64_t)c[2];
+    ctx->inits = (uint64_t)c[3];
+    c += 4;
+    ctx->same_seeds = true;
+    ctx->active_count = 0;
+    for (int lane = 0; lane < ctx->lanes; ++lane) {
+        ctx->lane_seeds[lane] = (uint64_t)*c++;
+        if (ctx->lane_seeds[lane] != ctx->lane_seeds[0]) ctx->same_seeds = false;
+        ctx->lane_stopped[lane] = t->stopped[lane] != 0;
+        if (!ctx->lane_stopped[lane]) ctx->active[ctx->active_count++] = lane;
+    }
+    for (int i = 0; i < t->optimizer->slots; ++i) t->optimizer->slot[i].t = *c++;
+    dot_zero_grad(t->layer);
+}
+
+bool dot_checkpoint_save(const char *path, dot_layer *layer, dot_optimizer *optimizer, int64_t step)
+{
+    dot__training t;
+    dot__list list;
+    bool ok = path && dot__training_begin(&t, "dot_checkpoint_save", layer, optimizer);
+    if (ok) {
+        const char *metadata[] = { "format", "dotopt-checkpoint", "algorithm", dot_algorithm_name(optimizer->options.algorithm), NULL };
+        dot__training_collect(&t, step);
+        ok = dot__list_make(&list, layer->ctx, dot__list_training, &t) && dot__list_write(&list, "dot_checkpoint_save", path, metadata);
+        dot__list_free(&list);
+    }
+    if (path) dot__training_end(&t);
+    return ok;
+}
+
+static bool dot__algorithm_matches(dot_safetensors *file, const dot_optimizer *opt, const char *path)
+{
+    const char *name = dot_safetensors_metadata(file, "algorithm"), *expected = dot_algorithm_name(opt->options.algorithm);
+    if (name && strcmp(name, expected) == 0) return true;
+    dot__fail(opt->ctx, DOT_ERROR_FORMAT, "dot_checkpoint_load: %s: algorithm \"%.40s\", expected \"%s\"", path, name ? name : "", expected);
+    return false;
+}
+
+bool dot_checkpoint_load(const char *path, dot_layer *layer, dot_optimizer *optimizer, int64_t *step)
+{
+    dot__training t;
+    dot__list list;
+    if (!path || !layer || !dot_ok(layer->ctx)) return false;
+    bool ok = dot__training_begin(&t, "dot_checkpoint_load", layer, optimizer);
+    dot_safetensors *file = ok ? dot__st_open(layer->ctx, "dot_checkpoint_load", path) : NULL;
+    if (file) {
+        ok = dot__algorithm_matches(file, optimizer, path);
+        if (ok) {
+            ok = dot__list_make(&list, layer->ctx, dot__list_training, &t)
+              && dot__list_read(&list, "dot_checkpoint_load", file, path, false);
+            dot__list_free(&list);
+        }
+        if (ok) dot__training_restore(&t, step);
+        dot_safetensors_close(file);
+    }
+    dot__training_end(&t);
+    return ok && file;
+}
+
+#endif /* DOTOPT_IMPLEMENTATION */
+
+/*
+   LICENSE: public domain (www.unlicense.org) or MIT No Attribution, whichever you prefer; see the file LICENSE.
+*/
