@@ -774,6 +774,7 @@ struct dot_context {
 
     dot_status status;
     char error[512];
+    const char *function;           /* the public function last entered: out-of-memory sentences name it */
     dot_safetensors *files;         /* open files */
 
     dot__block *blocks;             /* persistent memory, newest first */
@@ -842,6 +843,11 @@ void dot_error_clear(dot_context *ctx)
 
 /* ---- persistent memory ---- */
 
+static void dot__out_of_memory(dot_context *ctx, size_t bytes)
+{
+    dot__fail(ctx, DOT_ERROR_MEMORY, "%s: out of memory (%zu bytes asked for)", ctx->function ? ctx->function : "dot_context_create", bytes);
+}
+
 static void *dot__malloc(void *user, size_t bytes) { (void)user; return malloc(bytes); }
 static void dot__free(void *user, void *memory, size_t bytes) { (void)user; (void)bytes; free(memory); }
 
@@ -855,7 +861,7 @@ static void *dot__new(dot_context *ctx, size_t bytes)
     size_t total = bytes + 2 * DOT__ALIGN + DOT__SLACK;
     char *raw = total > bytes ? (char *)ctx->allocator.allocate(ctx->allocator.user, total) : NULL;
     if (!raw) {
-        dot__fail(ctx, DOT_ERROR_MEMORY, "dotopt: out of memory (%zu bytes asked for)", bytes);
+        dot__out_of_memory(ctx, bytes);
         return NULL;
     }
     char *memory = dot__align(raw) + DOT__ALIGN;
@@ -897,7 +903,7 @@ static dot__arena_block *dot__arena_extend(dot_context *ctx, size_t bytes)
     size_t total = size + head + DOT__ALIGN + DOT__SLACK;
     char *raw = total > size ? (char *)ctx->allocator.allocate(ctx->allocator.user, total) : NULL;
     if (!raw) {
-        dot__fail(ctx, DOT_ERROR_MEMORY, "dotopt: out of step memory (%zu bytes asked for)", total);
+        dot__out_of_memory(ctx, bytes);
         return NULL;
     }
     dot__arena_block *block = (dot__arena_block *)(void *)raw;
@@ -915,7 +921,7 @@ static dot__arena_block *dot__arena_extend(dot_context *ctx, size_t bytes)
 static void *dot__step_alloc(dot_context *ctx, size_t bytes)
 {
     if (bytes > SIZE_MAX / 2) {
-        dot__fail(ctx, DOT_ERROR_MEMORY, "dotopt: out of step memory (%zu bytes asked for)", bytes);
+        dot__out_of_memory(ctx, bytes);
         return NULL;
     }
     bytes = (bytes + DOT__ALIGN - 1) / DOT__ALIGN * DOT__ALIGN;
@@ -1345,6 +1351,7 @@ static bool dot__shape_equal(const dot_tensor *a, const dot_tensor *b)
 /* Elements of a shape whose bytes in all lanes fit memory, or -1 with the error set. */
 static int64_t dot__shape_size(dot_context *ctx, const char *function, dot_dtype dtype, int rank, const int64_t *shape)
 {
+    ctx->function = function;
     if ((unsigned)dtype > DOT_U8) {
         dot__fail(ctx, DOT_ERROR_DTYPE, "%s: dtype %d, expected DOT_F32, DOT_F64, DOT_I64 or DOT_U8", function, (int)dtype);
         return -1;
@@ -1395,18 +1402,21 @@ static dot_tensor *dot__persistent_tensor(dot_context *ctx, dot_dtype dtype, int
     dot__tensor_init(t, ctx, dtype, rank, shape, size);
     t->persistent = true;
     t->lane_stride = dot__lane_stride(size);
+    bool first_error = ctx->status == DOT_OK;
     t->data = (char *)dot__new(ctx, (size_t)(t->lane_stride * ctx->lanes) * dot_dtype_size(dtype));
-    if (!t->data) {
-        dot__delete(ctx, t);
-        return NULL;
+    if (t->data) return t;
+    if (first_error) {                          /* say it with the shape */
+        ctx->status = DOT_OK;
+        dot__fail(ctx, DOT_ERROR_MEMORY, "%s: out of memory for a tensor %s", ctx->function, dot__shape_text(rank, shape).text);
     }
-    return t;
+    dot__delete(ctx, t);
+    return NULL;
 }
 
 /* A tensor in step memory, its elements not set. The shape must have been checked. */
 static dot_tensor *dot__step_tensor(dot_context *ctx, dot_dtype dtype, int rank, const int64_t *shape, bool laned)
 {
-    int64_t size = dot__shape_size(ctx, "dotopt", dtype, rank, shape);
+    int64_t size = dot__shape_size(ctx, ctx->function, dtype, rank, shape);
     if (size < 0) return NULL;
     dot_tensor *t = (dot_tensor *)dot__step_alloc(ctx, sizeof *t);
     if (!t) return NULL;
@@ -1448,7 +1458,7 @@ dot_tensor *dot_requires_grad(dot_tensor *t, bool on)
 {
     if (!t || !dot_ok(t->ctx)) return NULL;
     if (!t->persistent || !dot__is_float(t->dtype)) {
-        dot__fail(t->ctx, DOT_ERROR_ARGUMENT, "dot_requires_grad: %s tensor %s, expected a persistent tensor of F32 or F64",
+        dot__fail(t->ctx, t->persistent ? DOT_ERROR_DTYPE : DOT_ERROR_ARGUMENT, "dot_requires_grad: %s tensor %s, expected a persistent tensor of F32 or F64",
                   t->persistent ? dot__dtype_name(t->dtype) : "step", DOT__SHAPE(t));
         return NULL;
     }
@@ -2601,7 +2611,7 @@ static void dot__gemm_planning(dot_context *ctx, dot__gemm_plan *plan, dot__gemm
     plan->depth_parts = (int)dot__max(1, dot__ceil_div(plan->depth, DOT__DEPTH));
     plan->depth_part = dot__round_up(dot__ceil_div(plan->depth, plan->depth_parts), 8);
     /* Pieces of about a million multiplications, and at least a dozen of them if the shape allows. */
-    int64_t k = dot__max(1, plan->taps * plan->depth), width = dot__min(plan->panels, 8);
+    int64_t k = dot__max(1, plan->taps * plan->depth), width = dot__max(1, dot__min(plan->panels, 8));
     plan->row_piece = dot__max(48, ((int64_t)1 << 20) / (k * width * DOT__COLUMNS));
     plan->row_piece = dot__round_up(dot__min(plan->row_piece, 4096), DOT__ROWS);
     plan->row_pieces = dot__ceil_div(plan->rows, plan->row_piece);
@@ -3420,6 +3430,7 @@ struct dot__node {
 static dot_context *dot__enter(const char *function, const dot_tensor *a, const dot_tensor *b)
 {
     if (!a || !b || !dot_ok(a->ctx)) return NULL;
+    a->ctx->function = function;
     if (a->ctx != b->ctx) {
         dot__fail(a->ctx, DOT_ERROR_STATE, "%s: tensors of different contexts", function);
         return NULL;
@@ -3478,6 +3489,7 @@ bool dot_backward(dot_tensor *loss)
 {
     if (!loss || !dot_ok(loss->ctx)) return false;
     dot_context *ctx = loss->ctx;
+    ctx->function = "dot_backward";
     if (!ctx->training) {
         dot__fail(ctx, DOT_ERROR_STATE, "dot_backward: in evaluation nothing is recorded; call dot_step_begin first");
         return false;
@@ -4448,38 +4460,46 @@ static dot_context *dot__pool_enter(const char *function, const dot_tensor *x, d
     return NULL;
 }
 
-static dot_tensor *dot__pool_op(const char *function, dot_tensor *x, const dot_pool_options *options, bool maximum)
+/* The options by spatial axis. */
+static bool dot__pool_windows_of(dot_context *ctx, const char *function, const dot_pool_options *o, int dims, bool maximum, dot__window *window)
 {
-    dot__window window[3];
-    dot_context *ctx = dot__pool_enter(function, x, window);
-    if (!ctx) return NULL;
-    dot_pool_options o = dot_pool_defaults();
-    if (options) o = *options;
-    if (o.magic != DOT__MAGIC_POOL) {
-        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: options not filled by dot_pool_defaults (magic 0x%08x)", function, (unsigned)o.magic);
-        return NULL;
+    if (o->magic != DOT__MAGIC_POOL) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: options not filled by dot_pool_defaults (magic 0x%08x)", function, (unsigned)o->magic);
+        return false;
     }
-    int dims = x->rank - 2, kernel[3], stride[3], padding[3], dilation[3];
-    if (!dot__each(ctx, function, "kernel", o.kernel, o.kernel_each, dims, 1, 1, kernel)
-        || !dot__each(ctx, function, "stride", o.stride, o.stride_each, dims, 0, 1, stride)
-        || !dot__each(ctx, function, "padding", o.padding, o.padding_each, dims, 0, 0, padding)
-        || !dot__each(ctx, function, "dilation", o.dilation, o.dilation_each, dims, 1, 1, dilation)) return NULL;
+    int kernel[3], stride[3], padding[3], dilation[3];
+    if (!dot__each(ctx, function, "kernel", o->kernel, o->kernel_each, dims, 1, 1, kernel)
+        || !dot__each(ctx, function, "stride", o->stride, o->stride_each, dims, 0, 1, stride)
+        || !dot__each(ctx, function, "padding", o->padding, o->padding_each, dims, 0, 0, padding)
+        || !dot__each(ctx, function, "dilation", o->dilation, o->dilation_each, dims, 1, 1, dilation)) return false;
     for (int i = 0; i < 3; ++i) {
         dot__window *w = &window[i];
         w->kernel = kernel[i];
         w->stride = stride[i] ? stride[i] : kernel[i];
         w->padding = padding[i];
         w->dilation = dilation[i];
-        if (w->padding > w->kernel / 2 || (!maximum && w->dilation != 1)) {
-            dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: padding %d and dilation %d, expected a padding of at most half the kernel %d%s", function,
-                      padding[i], dilation[i], kernel[i], maximum ? "" : " and no dilation");
-            return NULL;
-        }
+        if (w->padding <= w->kernel / 2 && (maximum || w->dilation == 1)) continue;
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: padding %d and dilation %d, expected a padding of at most half the kernel %d%s", function,
+                  padding[i], dilation[i], kernel[i], maximum ? "" : " and no dilation");
+        return false;
+    }
+    return true;
+}
+
+static dot_tensor *dot__pool_op(const char *function, dot_tensor *x, const dot_pool_options *options, bool maximum)
+{
+    dot__window window[3];
+    dot_context *ctx = dot__pool_enter(function, x, window);
+    dot_pool_options o = dot_pool_defaults();
+    if (options) o = *options;
+    if (!ctx || !dot__pool_windows_of(ctx, function, &o, x->rank - 2, maximum, window)) return NULL;
+    for (int i = 0; i < 3; ++i) {
+        dot__window *w = &window[i];
         int64_t free_span = w->in + 2 * w->padding - w->dilation * (w->kernel - 1) - 1;
         w->out = free_span < 0 ? 0 : (o.ceil_mode ? dot__ceil_div(free_span, w->stride) : free_span / w->stride) + 1;
         if (o.ceil_mode && (w->out - 1) * w->stride >= w->in + w->padding) w->out--;   /* a window must begin inside */
         if (w->out < 1) {
-            dot__fail(ctx, DOT_ERROR_SHAPE, "%s: kernel %d does not fit the input %s", function, kernel[i], DOT__SHAPE(x));
+            dot__fail(ctx, DOT_ERROR_SHAPE, "%s: kernel " DOT__I64 " does not fit the input %s", function, DOT__LL(w->kernel), DOT__SHAPE(x));
             return NULL;
         }
     }
@@ -4710,7 +4730,7 @@ dot_tensor *dot_group_norm(dot_tensor *x, int groups, dot_tensor *weight, dot_te
     dot__norm job;
     if (!ctx) return NULL;
     if (x->rank < 2 || groups < 1 || x->shape[x->rank - 1] % groups != 0) {
-        dot__fail(ctx, DOT_ERROR_SHAPE, "dot_group_norm: %d groups of the last axis of %s", groups, DOT__SHAPE(x));
+        dot__fail(ctx, groups < 1 ? DOT_ERROR_ARGUMENT : DOT_ERROR_SHAPE, "dot_group_norm: %d groups of the last axis of %s", groups, DOT__SHAPE(x));
         return NULL;
     }
     parts[0] = weight;
@@ -4801,7 +4821,7 @@ static bool dot__indices_ok(const char *function, const dot_tensor *x, const dot
         return false;
     }
     for (int lane = 0; lane < (dot__laned(indices) ? x->ctx->lanes : 1); ++lane)
-        for (int64_t i = 0; i < indices->size; ++i) {
+        for (int64_t i = 0; i < indices->size && !(dot__laned(indices) && x->ctx->lane_stopped[lane]); ++i) {
             int64_t v = ((const int64_t *)dot__at(indices, lane))[i];
             if (v >= 0 && v < limit) continue;
             dot__fail(x->ctx, DOT_ERROR_ARGUMENT, "%s: index " DOT__I64 ", expected 0.." DOT__I64, function, DOT__LL(v), DOT__LL(limit - 1));
@@ -4872,6 +4892,10 @@ dot_tensor *dot_reshape(dot_tensor *x, int rank, const int64_t *shape)
     int64_t size[DOT_MAX_RANK], known = 1;
     int unknown = -1;
     bool ok = rank >= 0 && rank <= DOT_MAX_RANK && (rank == 0 || shape);
+    if (!ok) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "dot_reshape: rank %d, expected 0..%d and a shape", rank, DOT_MAX_RANK);
+        return NULL;
+    }
     for (int i = 0; ok && i < rank; ++i) {
         size[i] = shape[i];
         if (shape[i] == -1 && unknown < 0) unknown = i;
@@ -4883,8 +4907,7 @@ dot_tensor *dot_reshape(dot_tensor *x, int rank, const int64_t *shape)
         if (ok) { size[unknown] = x->size / known; known = x->size; }
     }
     if (!ok || known != x->size) {
-        dot__fail(ctx, DOT_ERROR_SHAPE, "dot_reshape: %s does not make %s of " DOT__I64 " elements", DOT__SHAPE(x),
-                  shape && rank >= 0 ? dot__shape_text(rank, shape).text : "a shape", DOT__LL(x->size));
+        dot__fail(ctx, DOT_ERROR_SHAPE, "dot_reshape: %s does not make %s", DOT__SHAPE(x), dot__shape_text(rank, shape).text);
         return NULL;
     }
     dot_tensor *y = dot__step_view(x, rank, size);
@@ -5018,9 +5041,11 @@ dot_tensor *dot_pad(dot_tensor *x, const int64_t *before, const int64_t *after, 
 /* Each argument is recorded as a box of the result; their nodes share it. */
 dot_tensor *dot_concat(dot_tensor *const *tensors, int count, int axis)
 {
-    if (!tensors || count < 1 || !tensors[0]) return NULL;
+    if (!tensors || !tensors[0]) return NULL;
     dot_tensor *first = tensors[0];
     dot_context *ctx = dot__enter("dot_concat", first, first);
+    if (ctx && count < 1) dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_concat: %d tensors, expected 1 or more", count);
+    if (!dot_ok(ctx)) return NULL;
     if (!ctx || (axis = dot__axis_of("dot_concat", first, axis)) < 0) return NULL;
     int64_t shape[DOT_MAX_RANK];
     bool laned = false;
@@ -5077,6 +5102,7 @@ struct dot_layer {
     dot__parameter *parameters;
     dot_tensor *(*forward)(dot_layer *layer, dot_tensor *x, dot_activation act);
     bool fuses;                                         /* forward applies `act` itself */
+    bool numbered;                                      /* its name is its position */
     bool elementwise;                                   /* does not care about the order of features */
     dot_activation activation;                          /* what a layer before it may apply in its stead */
     dot_forward_function custom;
@@ -5098,20 +5124,35 @@ static bool dot__name_ok(dot_context *ctx, const char *function, const char *nam
 {
     size_t n = name ? strlen(name) : 0;
     if (n > 0 && n < DOT_MAX_NAME && !strchr(name, '.')) return true;
-    dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: name \"%.40s\", expected 1 to %d bytes without a point", function, name ? name : "(NULL)",
-              DOT_MAX_NAME - 1);
+    dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: name \"%.40s\" of %zu bytes, expected 1 to %d bytes without a point", function,
+              name ? name : "(NULL)", n, DOT_MAX_NAME - 1);
     return false;
 }
 
-static dot_layer *dot__layer_new(dot_context *ctx, const char *kind, dot_tensor *(*forward)(dot_layer *, dot_tensor *, dot_activation))
+static dot_layer *dot__layer_new(dot_context *ctx, const char *function, const char *kind,
+                                 dot_tensor *(*forward)(dot_layer *, dot_tensor *, dot_activation))
 {
     if (!dot_ok(ctx)) return NULL;
+    ctx->function = function;
     dot_layer *layer = (dot_layer *)dot__new(ctx, sizeof *layer);
     if (!layer) return NULL;
     layer->ctx = ctx;
     layer->kind = kind;
     layer->forward = forward;
     return layer;
+}
+
+/* A layer that could not be completed goes, with what it had. */
+static dot_layer *dot__layer_abandon(dot_layer *layer)
+{
+    for (dot__parameter *p = layer->parameters, *next; p; p = next) {
+        next = p->next;
+        dot__delete(layer->ctx, p->tensor->data);
+        dot__delete(layer->ctx, p->tensor);
+        dot__delete(layer->ctx, p);
+    }
+    dot__delete(layer->ctx, layer);
+    return NULL;
 }
 
 static bool dot__adopt(const char *function, dot_layer *parent, const char *name, dot_layer *child)
@@ -5476,12 +5517,13 @@ static dot_layer *dot__linear_new(dot_context *ctx, const char *function, int64_
 {
     if (dot_ok(ctx) && (in < 1 || out < 1))
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: in " DOT__I64 ", out " DOT__I64 ", expected 1 or more", function, DOT__LL(in), DOT__LL(out));
-    dot_layer *l = dot__layer_new(ctx, "linear", dot__linear_forward);
+    dot_layer *l = dot__layer_new(ctx, function, "linear", dot__linear_forward);
     if (!l) return NULL;
     int64_t shape[2] = { in, out };
     dot__parameter *w = dot__add_parameter(l, function, "weight", DOT_KIND_WEIGHT, ctx->dtype, 2, shape), *b = NULL;
     dot__layout unused;
-    if (!w || (with_bias && !(b = dot__add_parameter(l, function, "bias", DOT_KIND_BIAS, ctx->dtype, 1, &out)))) return NULL;
+    if (!w || (with_bias && !(b = dot__add_parameter(l, function, "bias", DOT_KIND_BIAS, ctx->dtype, 1, &out))))
+        return dot__layer_abandon(l);
     l->in = in;
     l->out = out;
     l->fuses = true;
@@ -5539,14 +5581,14 @@ static dot_layer *dot__conv_new(dot_context *ctx, const char *function, int dims
                   function, DOT__LL(in), DOT__LL(out), o.groups);
         return NULL;
     }
-    dot_layer *l = dot__layer_new(ctx, "conv", dot__conv_forward);
+    dot_layer *l = dot__layer_new(ctx, function, "conv", dot__conv_forward);
     if (!l) return NULL;
     int64_t shape[5];
     for (int i = 0; i < dims; ++i) shape[i] = s.kernel[3 - dims + i];
     shape[dims] = (transposed ? out : in) / o.groups;
     shape[dims + 1] = transposed ? in : out;
     dot__parameter *w = dot__add_parameter(l, function, "weight", DOT_KIND_WEIGHT, ctx->dtype, dims + 2, shape), *b = NULL;
-    if (!w || (o.bias && !(b = dot__add_parameter(l, function, "bias", DOT_KIND_BIAS, ctx->dtype, 1, &out)))) return NULL;
+    if (!w || (o.bias && !(b = dot__add_parameter(l, function, "bias", DOT_KIND_BIAS, ctx->dtype, 1, &out)))) return dot__layer_abandon(l);
     for (int i = 0; i < dims + 2; ++i) {        /* PyTorch: last two axes first, in reverse, then the kernel */
         w->layout.axis[i] = i == 0 ? dims + 1 : i == 1 ? dims : i - 2;
         w->shape[i] = w->layout.shape[i] = shape[w->layout.axis[i]];
@@ -5585,10 +5627,10 @@ static dot_tensor *dot__sigmoid_forward(dot_layer *l, dot_tensor *x, dot_activat
 static dot_tensor *dot__tanh_forward(dot_layer *l, dot_tensor *x, dot_activation act)       { (void)l; (void)act; return dot_tanh(x); }
 static dot_tensor *dot__softplus_forward(dot_layer *l, dot_tensor *x, dot_activation act)   { (void)l; (void)act; return dot_softplus(x, 1, 20); }
 
-static dot_layer *dot__activation_layer(dot_context *ctx, const char *kind, dot_tensor *(*forward)(dot_layer *, dot_tensor *, dot_activation),
-                                        dot_activation activation, double p)
+static dot_layer *dot__activation_layer(dot_context *ctx, const char *function, const char *kind,
+                                        dot_tensor *(*forward)(dot_layer *, dot_tensor *, dot_activation), dot_activation activation, double p)
 {
-    dot_layer *l = dot__layer_new(ctx, kind, forward);
+    dot_layer *l = dot__layer_new(ctx, function, kind, forward);
     if (!l) return NULL;
     l->elementwise = true;
     l->activation = activation;
@@ -5596,40 +5638,41 @@ static dot_layer *dot__activation_layer(dot_context *ctx, const char *kind, dot_
     return l;
 }
 
-dot_layer *dot_nn_relu(dot_context *ctx)     { return dot__activation_layer(ctx, "relu", dot__relu_forward, DOT_RELU, 0); }
-dot_layer *dot_nn_gelu(dot_context *ctx)     { return dot__activation_layer(ctx, "gelu", dot__gelu_forward, DOT_NONE, 0); }
-dot_layer *dot_nn_silu(dot_context *ctx)     { return dot__activation_layer(ctx, "silu", dot__silu_forward, DOT_NONE, 0); }
-dot_layer *dot_nn_sigmoid(dot_context *ctx)  { return dot__activation_layer(ctx, "sigmoid", dot__sigmoid_forward, DOT_SIGMOID, 0); }
-dot_layer *dot_nn_tanh(dot_context *ctx)     { return dot__activation_layer(ctx, "tanh", dot__tanh_forward, DOT_TANH, 0); }
-dot_layer *dot_nn_softplus(dot_context *ctx) { return dot__activation_layer(ctx, "softplus", dot__softplus_forward, DOT_NONE, 0); }
+dot_layer *dot_nn_relu(dot_context *ctx)     { return dot__activation_layer(ctx, "dot_nn_relu", "relu", dot__relu_forward, DOT_RELU, 0); }
+dot_layer *dot_nn_gelu(dot_context *ctx)     { return dot__activation_layer(ctx, "dot_nn_gelu", "gelu", dot__gelu_forward, DOT_NONE, 0); }
+dot_layer *dot_nn_silu(dot_context *ctx)     { return dot__activation_layer(ctx, "dot_nn_silu", "silu", dot__silu_forward, DOT_NONE, 0); }
+dot_layer *dot_nn_sigmoid(dot_context *ctx)  { return dot__activation_layer(ctx, "dot_nn_sigmoid", "sigmoid", dot__sigmoid_forward, DOT_SIGMOID, 0); }
+dot_layer *dot_nn_tanh(dot_context *ctx)     { return dot__activation_layer(ctx, "dot_nn_tanh", "tanh", dot__tanh_forward, DOT_TANH, 0); }
+dot_layer *dot_nn_softplus(dot_context *ctx) { return dot__activation_layer(ctx, "dot_nn_softplus", "softplus", dot__softplus_forward, DOT_NONE, 0); }
 
 dot_layer *dot_nn_leaky_relu(dot_context *ctx, double slope)
 {
     if (dot_ok(ctx) && !dot__finite(slope))
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_nn_leaky_relu: slope %g, expected a finite number", slope);
-    return dot__activation_layer(ctx, "leaky_relu", dot__leaky_relu_forward, DOT_NONE, slope);
+    return dot__activation_layer(ctx, "dot_nn_leaky_relu", "leaky_relu", dot__leaky_relu_forward, DOT_NONE, slope);
 }
 
 dot_layer *dot_nn_dropout(dot_context *ctx, double p)
 {
     if (dot_ok(ctx) && !(p >= 0 && p <= 1)) dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_nn_dropout: p %g, expected 0 to 1", p);
-    dot_layer *l = dot__layer_new(ctx, "dropout", dot__dropout_forward);
+    dot_layer *l = dot__layer_new(ctx, "dot_nn_dropout", "dropout", dot__dropout_forward);
     if (l) l->p = p;
     return l;
 }
 
-static dot_layer *dot__pool_layer(dot_context *ctx, const char *function, const dot_pool_options *options,
-                                  dot_tensor *(*forward)(dot_layer *, dot_tensor *, dot_activation))
+static dot_layer *dot__pool_layer(dot_context *ctx, const char *function, const dot_pool_options *options, bool maximum)
 {
-    if (dot_ok(ctx) && options && options->magic != DOT__MAGIC_POOL)
-        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: options not filled by dot_pool_defaults (magic 0x%08x)", function, (unsigned)options->magic);
-    dot_layer *l = dot__layer_new(ctx, "pool", forward);
-    if (l) l->pool = options ? *options : dot_pool_defaults();
+    dot__window unused[3];
+    dot_pool_options o = dot_pool_defaults();
+    if (options) o = *options;
+    if (!dot_ok(ctx) || !dot__pool_windows_of(ctx, function, &o, 3, maximum, unused)) return NULL;
+    dot_layer *l = dot__layer_new(ctx, function, "pool", maximum ? dot__max_pool_forward : dot__avg_pool_forward);
+    if (l) l->pool = o;
     return l;
 }
 
-dot_layer *dot_nn_max_pool(dot_context *ctx, const dot_pool_options *options) { return dot__pool_layer(ctx, "dot_nn_max_pool", options, dot__max_pool_forward); }
-dot_layer *dot_nn_avg_pool(dot_context *ctx, const dot_pool_options *options) { return dot__pool_layer(ctx, "dot_nn_avg_pool", options, dot__avg_pool_forward); }
+dot_layer *dot_nn_max_pool(dot_context *ctx, const dot_pool_options *options) { return dot__pool_layer(ctx, "dot_nn_max_pool", options, true); }
+dot_layer *dot_nn_avg_pool(dot_context *ctx, const dot_pool_options *options) { return dot__pool_layer(ctx, "dot_nn_avg_pool", options, false); }
 
 /* ---- flatten and unflatten: PyTorch's feature order is channels first ---- */
 
@@ -5676,7 +5719,7 @@ static dot_tensor *dot__unflatten_forward(dot_layer *l, dot_tensor *x, dot_activ
     return dot_permute(x, axes);
 }
 
-dot_layer *dot_nn_flatten(dot_context *ctx) { return dot__layer_new(ctx, "flatten", dot__flatten_forward); }
+dot_layer *dot_nn_flatten(dot_context *ctx) { return dot__layer_new(ctx, "dot_nn_flatten", "flatten", dot__flatten_forward); }
 
 dot_layer *dot_nn_unflatten(dot_context *ctx, int64_t depth, int64_t height, int64_t width, int64_t channels)
 {
@@ -5687,7 +5730,7 @@ dot_layer *dot_nn_unflatten(dot_context *ctx, int64_t depth, int64_t height, int
                   ", expected width and channels of 1 or more, unused sizes 0", DOT__LL(depth), DOT__LL(height), DOT__LL(width), DOT__LL(channels));
     int64_t shape[4] = { depth > 0 ? depth : 1, height > 0 ? height : 1, width, channels };
     int64_t features = dot_ok(ctx) ? dot__shape_size(ctx, "dot_nn_unflatten", ctx->dtype, 4, shape) : -1;
-    dot_layer *l = dot__layer_new(ctx, "unflatten", dot__unflatten_forward);
+    dot_layer *l = dot__layer_new(ctx, "dot_nn_unflatten", "unflatten", dot__unflatten_forward);
     if (!l) return NULL;
     l->size[0] = depth;
     l->size[1] = height;
@@ -5723,11 +5766,11 @@ static dot_layer *dot__norm_new(dot_context *ctx, const char *function, const ch
                                 dot_tensor *(*forward)(dot_layer *, dot_tensor *, dot_activation))
 {
     if (dot_ok(ctx) && size < 1) dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: size " DOT__I64 ", expected 1 or more", function, DOT__LL(size));
-    dot_layer *l = dot__layer_new(ctx, kind, forward);
+    dot_layer *l = dot__layer_new(ctx, function, kind, forward);
     if (!l) return NULL;
     dot__parameter *w = dot__add_parameter(l, function, "weight", DOT_KIND_NORM, ctx->dtype, 1, &size);
     dot__parameter *b = w ? dot__add_parameter(l, function, "bias", DOT_KIND_NORM, ctx->dtype, 1, &size) : NULL;
-    if (!b) return NULL;
+    if (!b) return dot__layer_abandon(l);
     l->weight = w->tensor;
     l->bias = b->tensor;
     dot__init_constant(l->weight, 1);
@@ -5741,7 +5784,7 @@ dot_layer *dot_nn_batch_norm(dot_context *ctx, int64_t channels)
     dot__parameter *mean = dot__add_parameter(l, "dot_nn_batch_norm", "running_mean", DOT_KIND_BUFFER, ctx->dtype, 1, &channels);
     dot__parameter *var = mean ? dot__add_parameter(l, "dot_nn_batch_norm", "running_var", DOT_KIND_BUFFER, ctx->dtype, 1, &channels) : NULL;
     dot__parameter *n = var ? dot__add_parameter(l, "dot_nn_batch_norm", "num_batches_tracked", DOT_KIND_BUFFER, DOT_I64, 0, NULL) : NULL;
-    if (!n) return NULL;
+    if (!n) return dot__layer_abandon(l);
     l->mean = mean->tensor;
     l->var = var->tensor;
     l->batches = n->tensor;
@@ -5766,11 +5809,11 @@ dot_layer *dot_nn_embedding(dot_context *ctx, int64_t rows, int64_t size)
 {
     if (dot_ok(ctx) && (rows < 1 || size < 1))
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_nn_embedding: " DOT__I64 " rows of " DOT__I64 ", expected 1 or more", DOT__LL(rows), DOT__LL(size));
-    dot_layer *l = dot__layer_new(ctx, "embedding", dot__embedding_forward);
+    dot_layer *l = dot__layer_new(ctx, "dot_nn_embedding", "embedding", dot__embedding_forward);
     if (!l) return NULL;
     int64_t shape[2] = { rows, size };
     dot__parameter *w = dot__add_parameter(l, "dot_nn_embedding", "weight", DOT_KIND_EMBEDDING, ctx->dtype, 2, shape);
-    if (!w) return NULL;
+    if (!w) return dot__layer_abandon(l);
     l->weight = w->tensor;
     dot__init_random(w, true, 1);
     return l;
@@ -5787,9 +5830,13 @@ dot_layer *dot_nn_custom(dot_context *ctx, const char *kind, dot_forward_functio
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_nn_custom: %s is NULL", kind ? "forward" : "kind");
         return NULL;
     }
+    ctx->function = "dot_nn_custom";
     char *copy = (char *)dot__new(ctx, strlen(kind) + 1);
-    dot_layer *l = copy ? dot__layer_new(ctx, copy, dot__custom_forward) : NULL;
-    if (!l) return NULL;
+    dot_layer *l = copy ? dot__layer_new(ctx, "dot_nn_custom", copy, dot__custom_forward) : NULL;
+    if (!l) {
+        dot__delete(ctx, copy);
+        return NULL;
+    }
     memcpy(copy, kind, strlen(kind) + 1);
     l->custom = forward;
     l->user = user;
@@ -5844,7 +5891,7 @@ static bool dot__absorb_orders(dot_layer *sequential)
 
 dot_layer *dot_nn_sequential(dot_context *ctx, ...)
 {
-    dot_layer *sequential = dot__layer_new(ctx, "sequential", dot__sequential_forward);
+    dot_layer *sequential = dot__layer_new(ctx, "dot_nn_sequential", "sequential", dot__sequential_forward);
     if (!sequential) return NULL;
     va_list layers;
     va_start(layers, ctx);
@@ -5853,15 +5900,19 @@ dot_layer *dot_nn_sequential(dot_context *ctx, ...)
     for (dot_layer *child = va_arg(layers, dot_layer *); child && ok; child = va_arg(layers, dot_layer *), ++position) {
         char number[24];
         snprintf(number, sizeof number, "%d", position);
-        ok = dot__adopt("dot_nn_sequential", sequential, child->name[0] ? child->name : number, child);
+        bool numbered = child->name[0] == 0;
+        ok = dot__adopt("dot_nn_sequential", sequential, numbered ? number : child->name, child);
+        if (ok) child->numbered = numbered;
     }
     va_end(layers);
     if (!ok || !dot__absorb_orders(sequential)) {
-        while (sequential->children) {          /* let the children go, as they were */
-            sequential->children->parent = NULL;
-            sequential->children = sequential->children->next;
+        for (dot_layer *child = sequential->children, *next; child; child = next) {     /* let the children go, as they were */
+            next = child->next;
+            if (child->numbered) child->name[0] = 0;
+            child->numbered = false;
+            child->parent = child->next = NULL;
         }
-        return NULL;
+        return dot__layer_abandon(sequential);
     }
     return sequential;
 }
@@ -5975,6 +6026,10 @@ dot_tensor *dot_cross_entropy_loss(dot_tensor *logits, dot_tensor *labels, doubl
 {
     dot_context *ctx = dot__enter("dot_cross_entropy_loss", logits, logits);
     if (!ctx || !labels) return NULL;
+    if (labels->dtype != DOT_I64) {
+        dot__fail(ctx, DOT_ERROR_DTYPE, "dot_cross_entropy_loss: labels of type %s, expected I64", dot__dtype_name(labels->dtype));
+        return NULL;
+    }
     bool fits = logits->rank >= 1 && labels->rank == logits->rank - 1 && logits->size > 0;
     for (int i = 0; fits && i < labels->rank; ++i) fits = labels->shape[i] == logits->shape[i];
     if (!fits) {
@@ -6305,6 +6360,7 @@ dot_optimizer *dot_optimizer_create(dot_context *ctx, dot_layer *layer, const do
 {
     if (!dot_ok(ctx) || !layer) return NULL;
     dot_optimizer_options o = options ? *options : dot_optimizer_defaults(DOT_ADAMW);
+    ctx->function = "dot_optimizer_create";
     if (layer->ctx != ctx) {
         dot__fail(ctx, DOT_ERROR_STATE, "dot_optimizer_create: layer of another context");
         return NULL;
@@ -6451,7 +6507,9 @@ static bool dot__norms(dot_optimizer *opt, bool gradient)
 
 static double dot__one_norm(const char *function, dot_optimizer *opt, int lane, bool gradient)
 {
-    if (!opt || !dot_ok(opt->ctx) || !dot__lane_ok(opt->ctx, function, lane, false) || !dot__norms(opt, gradient)) return (double)NAN;
+    if (!opt || !dot_ok(opt->ctx) || !dot__lane_ok(opt->ctx, function, lane, false)) return 0;
+    opt->ctx->function = function;
+    if (!dot__norms(opt, gradient)) return 0;
     return opt->norms[lane];
 }
 
@@ -6460,12 +6518,13 @@ double dot_weight_norm(dot_optimizer *opt, int lane) { return dot__one_norm("dot
 
 double dot_clip_grad_norm(dot_optimizer *opt, double max_norm)
 {
-    if (!opt || !dot_ok(opt->ctx)) return (double)NAN;
+    if (!opt || !dot_ok(opt->ctx)) return 0;
     if (!(max_norm > 0) || !dot__finite(max_norm)) {
         dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_clip_grad_norm: max_norm %g, expected a positive number", max_norm);
-        return (double)NAN;
+        return 0;
     }
-    if (!dot__norms(opt, true)) return (double)NAN;
+    opt->ctx->function = "dot_clip_grad_norm";
+    if (!dot__norms(opt, true)) return 0;
     for (int lane = 0; lane < opt->ctx->lanes; ++lane) {
         double scale = max_norm / (opt->norms[lane] + 1e-6);
         opt->clip[lane] = scale < 1 ? scale : 1;
@@ -6698,6 +6757,7 @@ bool dot_optimizer_step(dot_optimizer *opt, double multiplier)
         dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_optimizer_step: multiplier %g, expected 0 or more", multiplier);
         return false;
     }
+    opt->ctx->function = "dot_optimizer_step";
     opt->multiplier = multiplier;
     dot__select(opt, false, opt->factored);
     if (opt->factored) {
@@ -6803,12 +6863,18 @@ int64_t dot_schedule_period(const dot_schedule *s, int64_t step, int64_t total)
 double dot_gradient_check(dot_context *ctx, dot_loss_function f, void *user, dot_tensor *const *inputs, int count, double step)
 {
     if (!dot_ok(ctx) || !f || !inputs) return (double)NAN;
-    bool valid = ctx->lanes == 1 && step > 0 && dot__finite(step) && count >= 0;
-    for (int i = 0; valid && i < count; ++i)
-        valid = inputs[i] && inputs[i]->ctx == ctx && inputs[i]->dtype == DOT_F64 && inputs[i]->persistent && inputs[i]->requires_grad;
-    if (!valid) {
-        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_gradient_check: %d inputs, step %g, %d lanes, expected persistent F64 tensors with gradient, a positive step and one lane",
-                  count, step, ctx->lanes);
+    if (ctx->lanes != 1 || !(step > 0) || !dot__finite(step) || count < 0) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_gradient_check: %d inputs, step %g, %d lanes, expected a positive step and one lane", count,
+                  step, ctx->lanes);
+        return (double)NAN;
+    }
+    for (int i = 0; i < count; ++i) {
+        const dot_tensor *t = inputs[i];
+        if (!t) return (double)NAN;
+        if (t->ctx == ctx && t->dtype == DOT_F64 && t->persistent && t->requires_grad) continue;
+        dot__fail(ctx, t->ctx != ctx ? DOT_ERROR_STATE : t->dtype != DOT_F64 ? DOT_ERROR_DTYPE : DOT_ERROR_ARGUMENT,
+                  "dot_gradient_check: input %d is %s%s%s, expected a persistent F64 tensor with gradient, of this context", i,
+                  t->ctx != ctx ? "of another context, " : "", dot__dtype_name(t->dtype), t->requires_grad ? "" : " without gradient");
         return (double)NAN;
     }
     for (int i = 0; i < count; ++i) inputs[i]->has_grad = false;
@@ -8301,14 +8367,21 @@ static bool dot__list_match(const dot__list *list, const char *function, dot_saf
         bool is_float = strcmp(e.dtype, "F32") == 0 || strcmp(e.dtype, "F64") == 0;
         bool type = strcmp(e.dtype, dot__dtype_name(s->dtype)) == 0 || (convert && dot__is_float(s->dtype) && is_float);
         if (!type || e.rank != s->rank || (e.rank > 0 && memcmp(e.shape, s->shape, sizeof(int64_t) * (size_t)e.rank) != 0)) {
-            dot__fail(list->ctx, DOT_ERROR_SHAPE, "%s: %s: tensor \"%s\" is %s %s, expected %s %s", function, path, s->name, e.dtype,
+            dot__fail(list->ctx, type ? DOT_ERROR_SHAPE : DOT_ERROR_DTYPE, "%s: %s: tensor \"%s\" is %s %s, expected %s %s", function, path, s->name, e.dtype,
                       dot__shape_text(e.rank, e.shape).text, dot__dtype_name(s->dtype), dot__shape_text(s->rank, s->shape).text);
             return false;
         }
     }
-    if (dot_safetensors_count(file) == list->count) return true;
-    dot__fail(list->ctx, DOT_ERROR_FORMAT, "%s: %s: %d tensors, expected %d", function, path, dot_safetensors_count(file), list->count);
-    return false;
+    for (int at = 0; at < dot_safetensors_count(file) && dot_safetensors_count(file) != list->count; ++at) {
+        dot_safetensors_entry e;
+        bool known = false;
+        dot_safetensors_entry_at(file, at, &e);
+        for (int i = 0; i < list->count && !known; ++i) known = strcmp(e.name, list->stored[i].name) == 0;
+        if (known) continue;
+        dot__fail(list->ctx, DOT_ERROR_FORMAT, "%s: %s: tensor \"%.80s\" has no counterpart", function, path, e.name);
+        return false;
+    }
+    return true;
 }
 
 /* Reads everything before the first value changes. Weights come as doubles, for any lane; a checkpoint as it is. */
@@ -8357,6 +8430,7 @@ static bool dot__save(const char *function, dot_layer *layer, int lane, const ch
     dot__weights weights = { layer, lane };
     dot__list list;
     if (!layer || !path || !dot__lane_ok(layer->ctx, function, lane, false)) return false;
+    layer->ctx->function = function;
     bool ok = dot__list_make(&list, layer->ctx, dot__list_weights, &weights) && dot__list_write(&list, function, path, metadata);
     dot__list_free(&list);
     return ok;
@@ -8369,7 +8443,7 @@ bool dot_load(dot_layer *layer, const char *path)
 {
     dot__weights weights = { layer, 0 };
     dot__list list;
-    if (!layer || !path || !dot_ok(layer->ctx)) return false;
+    if (!layer || !path) return false;
     dot_safetensors *file = dot__st_open(layer->ctx, "dot_load", path);
     if (!file) return false;
     bool ok = dot__list_make(&list, layer->ctx, dot__list_weights, &weights) && dot__list_read(&list, "dot_load", file, path, true);
@@ -8415,9 +8489,10 @@ static bool dot__list_training(dot__list *list, void *user)
     dot_optimizer *opt = t->optimizer;
     int lanes = list->ctx->lanes;
     int64_t hypers[3] = { opt->groups, lanes, DOT_HYPERS }, lane_count = lanes;
-    char prefix[2][48];
+    char prefix[2][64];
     for (list->lane = 0; list->lane < lanes; ++list->lane) {
-        if (lanes == 1) prefix[0][0] = 0; else snprintf(prefix[0], sizeof prefix[0], "lane%d.", list->lane);
+        prefix[0][0] = 0;
+        if (lanes > 1) snprintf(prefix[0], 32, "lane%d.", list->lane);
         snprintf(prefix[1], sizeof prefix[1], "%smodel.", prefix[0]);
         list->prefix = prefix[1];
         if (!dot__visit(t->layer, "", dot__list_visit, list)) return false;
@@ -8436,6 +8511,7 @@ static bool dot__training_begin(dot__training *t, const char *function, dot_laye
     memset(t, 0, sizeof *t);
     if (!layer || !optimizer) return false;
     dot_context *ctx = layer->ctx;
+    ctx->function = function;
     if (optimizer->layer != layer) {
         dot__fail(ctx, DOT_ERROR_STATE, "%s: the optimizer is of another layer", function);
         return false;
@@ -8495,14 +8571,19 @@ bool dot_checkpoint_save(const char *path, dot_layer *layer, dot_optimizer *opti
 {
     dot__training t;
     dot__list list;
-    bool ok = path && dot__training_begin(&t, "dot_checkpoint_save", layer, optimizer);
+    if (!path || !layer || !optimizer) return false;
+    if (step < 0) {
+        dot__fail(layer->ctx, DOT_ERROR_ARGUMENT, "dot_checkpoint_save: step " DOT__I64 ", expected 0 or more", DOT__LL(step));
+        return false;
+    }
+    bool ok = dot__training_begin(&t, "dot_checkpoint_save", layer, optimizer);
     if (ok) {
         const char *metadata[] = { "format", "dotopt-checkpoint", "algorithm", dot_algorithm_name(optimizer->options.algorithm), NULL };
         dot__training_collect(&t, step);
         ok = dot__list_make(&list, layer->ctx, dot__list_training, &t) && dot__list_write(&list, "dot_checkpoint_save", path, metadata);
         dot__list_free(&list);
     }
-    if (path) dot__training_end(&t);
+    dot__training_end(&t);
     return ok;
 }
 
@@ -8518,7 +8599,7 @@ bool dot_checkpoint_load(const char *path, dot_layer *layer, dot_optimizer *opti
 {
     dot__training t;
     dot__list list;
-    if (!path || !layer || !dot_ok(layer->ctx)) return false;
+    if (!path || !layer || !optimizer) return false;
     bool ok = dot__training_begin(&t, "dot_checkpoint_load", layer, optimizer);
     dot_safetensors *file = ok ? dot__st_open(layer->ctx, "dot_checkpoint_load", path) : NULL;
     if (file) {
