@@ -1628,8 +1628,10 @@ typedef enum dot__unary { DOT__UNARY(DOT__ENUM3) DOT__UNARIES } dot__unary;
 typedef enum dot__binary { DOT__BINARY(DOT__ENUM4) DOT__BINARIES } dot__binary;
 typedef enum dot__loss { DOT__LOSSES(DOT__ENUM4) DOT__LOSS_KINDS } dot__loss;
 
+struct dot__kernels;
 typedef struct dot__map {           /* y = f(x); backward: dx (+)= dy f'(x, y) */
     dot_dtype dtype;
+    const struct dot__kernels *kernel;  /* the CPU's: filled in by it */
     bool laned, accumulate;
     dot__unary op;
     double p, q;
@@ -1969,35 +1971,6 @@ static void dot__cpu_fill(dot_context *ctx, dot_dtype dtype, bool laned, dot__ar
     dot__parallel(ctx, laned, dot__ceil_div(n, DOT__PIECE), dot__fill_piece, &job);
 }
 
-#define DOT__MAP_PIECES(T, S) \
-static void dot__map_piece_##S(void *argument, int lane, int64_t piece) \
-{ \
-    dot__map *job = (dot__map *)argument; \
-    int64_t n, i = dot__part(job->n, piece, DOT__PIECE, &n); \
-    dot__maps_##S[job->op].forward((T *)dot__lane(job->x, lane) + i, (T *)dot__lane(job->y, lane) + i, n, (T)job->p, (T)job->q); \
-} \
-static void dot__map_back_piece_##S(void *argument, int lane, int64_t piece) \
-{ \
-    dot__map *job = (dot__map *)argument; \
-    int64_t n, i = dot__part(job->n, piece, DOT__PIECE, &n); \
-    dot__maps_##S[job->op].backward((T *)dot__lane(job->x, lane) + i, (T *)dot__lane(job->y, lane) + i, \
-        (T *)dot__lane(job->dy, lane) + i, (T *)dot__lane(job->dx, lane) + i, n, (T)job->p, (T)job->q, job->accumulate); \
-}
-DOT__MAP_PIECES(float, f32)
-DOT__MAP_PIECES(double, f64)
-
-static void dot__cpu_map(dot_context *ctx, dot__map *job)
-{
-    dot__parallel(ctx, job->laned, dot__ceil_div(job->n, DOT__PIECE),
-                  job->dtype == DOT_F32 ? dot__map_piece_f32 : dot__map_piece_f64, job);
-}
-
-static void dot__cpu_map_backward(dot_context *ctx, dot__map *job)
-{
-    dot__parallel(ctx, job->laned, dot__ceil_div(job->n, DOT__PIECE),
-                  job->dtype == DOT_F32 ? dot__map_back_piece_f32 : dot__map_back_piece_f64, job);
-}
-
 /* Axes that lie one behind the other in every array are one axis; an axis of size 1 is none. `strides` holds `arrays` rows of
    DOT_MAX_RANK. There is always at least one axis afterwards. */
 static int dot__collapse(int rank, int64_t *shape, int64_t (*strides)[DOT_MAX_RANK], int arrays)
@@ -2229,7 +2202,8 @@ static void dot__reduce_piece_##S(void *argument, int lane, int64_t piece) \
         const T *row = x + offset; \
         if (n == 1 && op == DOT__SUM) sum[0] += dot__strided_sum_##S(row, terms, step); \
         else for (int64_t i = 0; i < terms; ++i, row += step) { \
-            if (op == DOT__SUM) for (int64_t j = 0; j < n; ++j) sum[j] += (double)row[j]; \
+            if (op == DOT__SUM && n == DOT__WIDTH) for (int j = 0; j < DOT__WIDTH; ++j) sum[j] += (double)row[j]; \
+            else if (op == DOT__SUM) for (int64_t j = 0; j < n; ++j) sum[j] += (double)row[j]; \
             else for (int64_t j = 0; j < n; ++j) sum[j] = dot__combine(op, sum[j], (double)row[j]); \
         } \
         term += terms; \
@@ -2321,6 +2295,8 @@ typedef struct dot__kernels {       /* one row for each instruction set and elem
     void (*tile)(const dot__tile *);
     void (*outer)(const dot__outer_tile *);
     double (*dot)(const void *a, const void *b, int64_t n);
+    void (*relu)(const void *x, void *y, int64_t n);                                    /* what follows most convolutions, */
+    void (*relu_backward)(const void *y, const void *dy, void *dx, int64_t n, bool add);/* hence worth a kernel */
 } dot__kernels;
 
 #define DOT__PORTABLE_KERNELS(T, S) \
@@ -2365,6 +2341,11 @@ static double dot__dot_##S(const void *a, const void *b, int64_t n) \
         for (int j = 0; j < 8; ++j) sum[j] += x[i + j] * y[i + j]; \
     for (; i < n; ++i) rest += x[i] * y[i]; \
     return (double)(((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7])) + rest); \
+} \
+static void dot__relu_##S(const void *x, void *y, int64_t n) { dot__map_RELU_##S((const T *)x, (T *)y, n, 0, 0); } \
+static void dot__relu_backward_##S(const void *y, const void *dy, void *dx, int64_t n, bool add) \
+{ \
+    dot__map_back_RELU_##S((const T *)y, (const T *)y, (const T *)dy, (T *)dx, n, 0, 0, add); \
 }
 DOT__PORTABLE_KERNELS(float, f32)
 DOT__PORTABLE_KERNELS(double, f64)
@@ -2445,16 +2426,40 @@ DOT__TARGET_AVX2 static double dot__dot_avx2(const void *a, const void *b, int64
     _mm256_storeu_ps(part, sum);
     return (double)(((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7])) + rest);
 }
+
+/* max takes its second operand where one is NaN: NaN stays. */
+DOT__TARGET_AVX2 static void dot__relu_avx2(const void *xs, void *ys, int64_t n)
+{
+    const float *x = (const float *)xs;
+    float *y = (float *)ys;
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, _mm256_max_ps(_mm256_setzero_ps(), _mm256_loadu_ps(x + i)));
+    dot__map_RELU_f32(x + i, y + i, n - i, 0, 0);
+}
+
+/* dy times 1 or 0, not a selection: a NaN or infinity of dy meets the same arithmetic as in the rest. */
+DOT__TARGET_AVX2 static void dot__relu_backward_avx2(const void *ys, const void *dys, void *dxs, int64_t n, bool add)
+{
+    const float *y = (const float *)ys, *dy = (const float *)dys;
+    float *dx = (float *)dxs;
+    __m256 zero = _mm256_setzero_ps(), one = _mm256_set1_ps(1);
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 slope = _mm256_and_ps(_mm256_cmp_ps(_mm256_loadu_ps(y + i), zero, _CMP_GT_OQ), one);
+        __m256 d = _mm256_mul_ps(_mm256_loadu_ps(dy + i), slope);
+        _mm256_storeu_ps(dx + i, add ? _mm256_add_ps(_mm256_loadu_ps(dx + i), d) : d);
+    }
+    dot__map_back_RELU_f32(y + i, y + i, dy + i, dx + i, n - i, 0, 0, add);
+}
 #endif
 
+#define DOT__F64_KERNELS { "portable", dot__tile_f64, dot__outer_f64, dot__dot_f64, dot__relu_f64, dot__relu_backward_f64 }
 static const dot__kernels dot__kernels_portable[2] = {
-    { "portable", dot__tile_f32, dot__outer_f32, dot__dot_f32 },
-    { "portable", dot__tile_f64, dot__outer_f64, dot__dot_f64 },
+    { "portable", dot__tile_f32, dot__outer_f32, dot__dot_f32, dot__relu_f32, dot__relu_backward_f32 }, DOT__F64_KERNELS,
 };
 #ifdef DOT__AVX2
 static const dot__kernels dot__kernels_avx2[2] = {
-    { "avx2", dot__tile_avx2, dot__outer_avx2, dot__dot_avx2 },
-    { "portable", dot__tile_f64, dot__outer_f64, dot__dot_f64 },
+    { "avx2", dot__tile_avx2, dot__outer_avx2, dot__dot_avx2, dot__relu_avx2, dot__relu_backward_avx2 }, DOT__F64_KERNELS,
 };
 #endif
 
@@ -2471,6 +2476,44 @@ static const dot__kernels *dot__kernel(const dot_context *ctx, dot_dtype dtype)
 const char *dot_kernels(const dot_context *ctx)
 {
     return ctx ? dot__kernel(ctx, ctx->dtype)->name : NULL;
+}
+
+/* ---- elementwise jobs of one argument ---- */
+
+#define DOT__MAP_PIECES(T, S) \
+static void dot__map_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__map *job = (dot__map *)argument; \
+    int64_t n, i = dot__part(job->n, piece, DOT__PIECE, &n); \
+    const T *x = (T *)dot__lane(job->x, lane) + i; \
+    T *y = (T *)dot__lane(job->y, lane) + i; \
+    if (job->op == DOT__RELU) job->kernel->relu(x, y, n); \
+    else dot__maps_##S[job->op].forward(x, y, n, (T)job->p, (T)job->q); \
+} \
+static void dot__map_back_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__map *job = (dot__map *)argument; \
+    int64_t n, i = dot__part(job->n, piece, DOT__PIECE, &n); \
+    const T *x = (T *)dot__lane(job->x, lane) + i, *y = (T *)dot__lane(job->y, lane) + i, *dy = (T *)dot__lane(job->dy, lane) + i; \
+    T *dx = (T *)dot__lane(job->dx, lane) + i; \
+    if (job->op == DOT__RELU) job->kernel->relu_backward(y, dy, dx, n, job->accumulate); \
+    else dot__maps_##S[job->op].backward(x, y, dy, dx, n, (T)job->p, (T)job->q, job->accumulate); \
+}
+DOT__MAP_PIECES(float, f32)
+DOT__MAP_PIECES(double, f64)
+
+static void dot__cpu_map(dot_context *ctx, dot__map *job)
+{
+    job->kernel = dot__kernel(ctx, job->dtype);
+    dot__parallel(ctx, job->laned, dot__ceil_div(job->n, DOT__PIECE),
+                  job->dtype == DOT_F32 ? dot__map_piece_f32 : dot__map_piece_f64, job);
+}
+
+static void dot__cpu_map_backward(dot_context *ctx, dot__map *job)
+{
+    job->kernel = dot__kernel(ctx, job->dtype);
+    dot__parallel(ctx, job->laned, dot__ceil_div(job->n, DOT__PIECE),
+                  job->dtype == DOT_F32 ? dot__map_back_piece_f32 : dot__map_back_piece_f64, job);
 }
 
 /* ---- the matrix product: addressing ---- */
@@ -2526,14 +2569,20 @@ DOT__INLINE void dot__tap_offsets(const dot__rows *r, const dot__position *p, in
 
 /* Copies the patches of a few rows, where a tap is too short to be worth a pointer: to[row][tap][k]. */
 #define DOT__PATCHES(T, S) \
-static void dot__patch_##S(const dot__rows *r, const dot__position *p, int taps, int64_t depth, const void *from, void *patch) \
+static void dot__patch_##S(const dot__rows *r, const dot__position *p, int64_t depth, const void *from, void *patch) \
 { \
-    const T *a = (const T *)from; \
+    const dot__axis *x = &r->axis[0], *y = &r->axis[1], *z = &r->axis[2]; \
+    const int32_t *fx = x->from + p->at[0] * x->taps, *fy = y->from + p->at[1] * y->taps, *fz = z->from + p->at[2] * z->taps; \
+    const T *a = (const T *)from + p->image * r->from_image; \
     T *to = (T *)patch; \
-    int64_t offsets[DOT__DEPTH]; \
-    dot__tap_offsets(r, p, 0, taps, offsets); \
-    for (int tap = 0; tap < taps; ++tap) \
-        for (int64_t k = 0; k < depth; ++k) *to++ = offsets[tap] < 0 ? (T)0 : a[offsets[tap] + k]; \
+    for (int i = 0; i < x->taps; ++i) \
+        for (int j = 0; j < y->taps; ++j) { \
+            const T *line = a + fx[i] + fy[j]; \
+            bool outside = (fx[i] | fy[j]) < 0; \
+            for (int k = 0; k < z->taps; ++k, to += depth) \
+                if (outside || fz[k] < 0) for (int64_t c = 0; c < depth; ++c) to[c] = (T)0; \
+                else for (int64_t c = 0; c < depth; ++c) to[c] = line[fz[k] + c]; \
+        } \
 }
 DOT__PATCHES(float, f32)
 DOT__PATCHES(double, f64)
@@ -2674,11 +2723,11 @@ static void dot__gemm_pointers(const dot__gemm_plan *plan, dot__row_block *block
         }
 }
 
-static void dot__activate(dot_dtype dtype, dot_activation activation, void *c, int64_t n)
+static void dot__activate(const dot__kernels *kernel, dot_dtype dtype, dot_activation activation, void *c, int64_t n)
 {
     static const dot__unary op[] = { DOT__UNARIES, DOT__RELU, DOT__SIGMOID, DOT__TANH_ };
-    if (activation == DOT_NONE) return;
-    if (dtype == DOT_F32) dot__maps_f32[op[activation]].forward((float *)c, (float *)c, n, 0, 0);
+    if (activation == DOT_RELU) kernel->relu(c, c, n);
+    else if (dtype == DOT_F32) dot__maps_f32[op[activation]].forward((float *)c, (float *)c, n, 0, 0);
     else dot__maps_f64[op[activation]].forward((double *)c, (double *)c, n, 0, 0);
 }
 
@@ -2732,7 +2781,7 @@ static void dot__gemm_piece(void *argument, int lane, int64_t piece)
                 DOT__CALL(job->dtype, dot__narrow_row, (plan, &at, a, b, bias, block.c[i]));
             if (plan->patches) {
                 char *patch = (char *)patches + (size_t)(i * plan->depth) * element;
-                DOT__CALL(job->dtype, dot__patch, (&job->rows, &at, dot__tap_count(&job->rows), job->depth, a, patch));
+                DOT__CALL(job->dtype, dot__patch, (&job->rows, &at, job->depth, a, patch));
                 block.a[i] = patch;
             }
             dot__position_next(&job->rows, &at);
@@ -2750,7 +2799,7 @@ static void dot__gemm_piece(void *argument, int lane, int64_t piece)
             }
         }
         for (int64_t i = 0; i < rows && job->activation != DOT_NONE; ++i)
-            dot__activate(job->dtype, job->activation, (char *)block.c[i] + (size_t)first_panel * DOT__COLUMNS * element, columns);
+            dot__activate(plan->kernel, job->dtype, job->activation, (char *)block.c[i] + (size_t)first_panel * DOT__COLUMNS * element, columns);
     }
 }
 
@@ -2853,7 +2902,7 @@ static void dot__outer_piece(void *argument, int lane, int64_t piece)
         if (plan->patches) {
             for (int64_t i = 0; i < rows; ++i) {
                 char *patch = (char *)patches + (size_t)(i * plan->depth) * element;
-                DOT__CALL(job->dtype, dot__patch, (&job->rows, &at, dot__tap_count(&job->rows), job->depth, a, patch));
+                DOT__CALL(job->dtype, dot__patch, (&job->rows, &at, job->depth, a, patch));
                 as[i] = patch;
                 ds[i] = d + (size_t)dot__to_offset(&job->rows, &at) * element;
                 dot__position_next(&job->rows, &at);

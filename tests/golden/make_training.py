@@ -51,13 +51,13 @@ def uniform(stream, count):
     return (hash32(stream, count) >> np.uint64(8)).astype(np.float64) * 2.0 ** -24
 
 
-def set_parameters(net, first_stream):
-    """Every parameter uniform in +-1/sqrt(fan_in), rounded to float32; a bias has the fan_in of the weight before it."""
+def set_parameters(net, first_stream, gain=1.0):
+    """Every parameter uniform in +-gain/sqrt(fan_in), rounded to float32; a bias has the fan_in of the weight before it."""
     fan_in = 1
     for p, tensor in enumerate(net.parameters()):
         if tensor.dim() >= 2:
             fan_in = tensor[0].numel()
-        values = (2 * uniform(first_stream + p, tensor.numel()) - 1) * (1 / math.sqrt(fan_in))
+        values = (2 * uniform(first_stream + p, tensor.numel()) - 1) * (gain / math.sqrt(fan_in))
         with torch.no_grad():
             tensor.copy_(torch.from_numpy(values.astype(np.float32)).reshape(tensor.shape))
 
@@ -264,6 +264,9 @@ def make_schedules():
 # ---- the autoencoder -------------------------------------------------------------------------------------------------
 
 STEPS, BATCH = 50, 128
+# Half of PyTorch's bounds. From the whole, Adam's losses are chaotic: weights that differ in their last float32 bit give
+# losses that differ by up to 4e-3 after 40 steps, when a unit that was dead wakes; from the half, by up to 4e-5.
+GAIN = 0.5
 
 
 def autoencoder():
@@ -297,7 +300,7 @@ def train_autoencoder(images, dtype, settings, schedule, rule):
     """The 50 losses, each before its update. rule: "torch" or "reference"."""
     multiplier_at = SCHEDULES.get(schedule.get("kind"), lambda s: 1.0)
     net = autoencoder().to(dtype)
-    set_parameters(net, 0)
+    set_parameters(net, 0, GAIN)
     parameters = list(net.parameters())
     options = {key: value for key, value in settings.items() if key != "algorithm"}
     if rule == "torch":
@@ -335,23 +338,17 @@ def make_autoencoder():
     for name, (settings, schedule) in VARIANTS.items():
         key = f"autoencoder.{name}"
         metadata[key] = describe(**settings, **schedule)
-        double = train_autoencoder(images, torch.float64, settings, schedule, "reference")
-        golden[f"{key}.f64"] = double
-        if name[0] in "AB":
-            golden[f"{key}.f64"] = train_autoencoder(images, torch.float64, settings, schedule, "torch")
-            golden[f"{key}.f32"] = train_autoencoder(images, torch.float32, settings, schedule, "torch")
-            rule = np.abs(double / golden[f"{key}.f64"] - 1).max()
-            single = np.abs(golden[f"{key}.f32"] / golden[f"{key}.f64"] - 1).max()
-            print(f"{key}: loss {double[0]:.5f} -> {double[-1]:.5f}; reference from torch float64 {rule:.1e}, "
-                  f"torch float32 from torch float64 {single:.1e}", flush=True)
-            assert rule < 1e-10
-        else:
-            print(f"{key}: loss {double[0]:.5f} -> {double[-1]:.5f}", flush=True)
+        rule = "torch" if name[0] in "AB" else "reference"
+        double = golden[f"{key}.f64"] = train_autoencoder(images, torch.float64, settings, schedule, rule)
+        print(f"{key}: loss {double[0]:.5f} -> {double[-1]:.5f} by {rule}", flush=True)
+        if rule == "torch":
+            single = golden[f"{key}.f32"] = train_autoencoder(images, torch.float32, settings, schedule, rule)
+            print(f"    float32 from float64: {np.abs(single / double - 1).max():.1e}", flush=True)
 
 
 def check_saved(path):
     net = autoencoder()
-    set_parameters(net, 0)
+    set_parameters(net, 0, GAIN)
     saved = load_file(path)
     expected = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
     assert set(saved) == set(expected), sorted(set(saved) ^ set(expected))
