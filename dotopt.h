@@ -7057,50 +7057,54 @@ static void dot__swap_words(unsigned char *bytes, size_t count, size_t word)
         }
 }
 
-/* ---- whole reads and writes ---- */
+/* ---- reading ---- */
 
 #define DOT__IO_CHUNK ((size_t)1 << 30)     /* the most that every system moves in one call */
 
-static const char *dot__file_reason(void) { return errno ? strerror(errno) : "the file ends early"; }
+typedef struct dot__file {
+    dot_context *ctx;
+    const char *function, *path;            /* for messages; not owned */
+    int fd;
+    int64_t size;
+} dot__file;
 
-/* A regular file open for reading, and its size; or -1 with the error set. */
-static int dot__file_open(dot_context *ctx, const char *function, const char *path, int64_t *size)
+static const char *dot__file_reason(void) { return errno ? strerror(errno) : "it ends early"; }
+
+static void dot__file_close(dot__file *file) { dot__os_close(file->fd); }
+
+static bool dot__file_open(dot__file *file, dot_context *ctx, const char *function, const char *path)
 {
-    int fd = dot__os_open(path, false);
-    if (fd < 0) {
+    ctx->function = function;               /* for out-of-memory sentences */
+    file->ctx = ctx;
+    file->function = function;
+    file->path = path;
+    file->fd = path ? dot__os_open(path, false) : -1;
+    if (!path) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: path is NULL", function);
+    } else if (file->fd < 0) {
         dot__fail(ctx, DOT_ERROR_FILE, "%s: %s: cannot open it: %s", function, path, dot__file_reason());
-    } else if (!dot__os_size(fd, size)) {
+    } else if (!dot__os_size(file->fd, &file->size)) {
         dot__fail(ctx, DOT_ERROR_FILE, "%s: %s: not a regular file", function, path);
-        dot__os_close(fd);
-        fd = -1;
+        dot__file_close(file);
+        file->fd = -1;
     }
-    return fd;
+    return file->fd >= 0;
 }
 
-static bool dot__file_read(int fd, void *to, size_t bytes)
+static bool dot__file_read(const dot__file *file, int64_t at, void *to, size_t bytes)
 {
-    for (char *at = (char *)to; bytes > 0;) {
-        int64_t n = dot__os_read(fd, at, bytes < DOT__IO_CHUNK ? bytes : DOT__IO_CHUNK);
+    bool good = dot__os_seek(file->fd, at);
+    for (char *next = (char *)to; good && bytes > 0;) {
+        int64_t n = dot__os_read(file->fd, next, bytes < DOT__IO_CHUNK ? bytes : DOT__IO_CHUNK);
         if (n < 0 && errno == EINTR) continue;
         if (n == 0) errno = 0;
-        if (n <= 0) return false;
-        at += n;
+        if (!(good = n > 0)) break;
+        next += n;
         bytes -= (size_t)n;
     }
-    return true;
-}
-
-static bool dot__file_write(int fd, const void *from, size_t bytes)
-{
-    for (const char *at = (const char *)from; bytes > 0;) {
-        int64_t n = dot__os_write(fd, at, bytes < DOT__IO_CHUNK ? bytes : DOT__IO_CHUNK);
-        if (n < 0 && errno == EINTR) continue;
-        if (n == 0) errno = ENOSPC;
-        if (n <= 0) return false;
-        at += n;
-        bytes -= (size_t)n;
-    }
-    return true;
+    if (!good)
+        dot__fail(file->ctx, DOT_ERROR_FILE, "%s: %s: cannot read it: %s", file->function, file->path, dot__file_reason());
+    return good;
 }
 
 /* ---- drafts: a file that takes its place when it is whole, and leaves the old one in place until then ---- */
@@ -7134,10 +7138,19 @@ static bool dot__draft_open(dot__draft *draft, dot_context *ctx, const char *fun
 
 static bool dot__draft_write(dot__draft *draft, const void *from, size_t bytes)
 {
-    if (dot__file_write(draft->fd, from, bytes)) return true;
-    dot__fail(draft->ctx, DOT_ERROR_FILE, "%s: cannot write %s: %s", draft->function, draft->temporary,
-              dot__file_reason());
-    return false;
+    for (const char *next = (const char *)from; bytes > 0;) {
+        int64_t n = dot__os_write(draft->fd, next, bytes < DOT__IO_CHUNK ? bytes : DOT__IO_CHUNK);
+        if (n < 0 && errno == EINTR) continue;
+        if (n == 0) errno = ENOSPC;
+        if (n <= 0) {
+            dot__fail(draft->ctx, DOT_ERROR_FILE, "%s: cannot write %s: %s", draft->function, draft->temporary,
+                      dot__file_reason());
+            return false;
+        }
+        next += n;
+        bytes -= (size_t)n;
+    }
+    return true;
 }
 
 /* Ends the draft: as the file at `path`, or, if it is not `whole` or cannot be completed, as nothing. */
@@ -7161,26 +7174,28 @@ static bool dot__draft_close(dot__draft *draft, bool whole)
     return good;
 }
 
-/* ---- sorted arrays: heapsort needs no memory, and no input makes it slow ---- */
+/* ---- sorted arrays: a merge sort, since qsort may allocate behind the allocator's back, and hostile input slow it down ---- */
 
-static void dot__swap(unsigned char *a, unsigned char *b, size_t size)
+static bool dot__sort(dot_context *ctx, void *items, size_t count, size_t size, int (*compare)(const void *, const void *))
 {
-    for (size_t i = 0; i < size; ++i) { unsigned char byte = a[i]; a[i] = b[i]; b[i] = byte; }
-}
-
-static void dot__sort(void *items, size_t count, size_t size, int (*compare)(const void *, const void *))
-{
-    unsigned char *base = (unsigned char *)items;
-    size_t begin = count / 2, end = count;
-    while (end > 1) {
-        if (begin > 0) --begin;                         /* first build the heap, */
-        else dot__swap(base, base + --end * size, size);/* then take its largest again and again */
-        for (size_t parent = begin, child; (child = 2 * parent + 1) < end; parent = child) {
-            if (child + 1 < end && compare(base + child * size, base + (child + 1) * size) < 0) ++child;
-            if (compare(base + parent * size, base + child * size) >= 0) break;
-            dot__swap(base + parent * size, base + child * size, size);
+    char *from = (char *)items, *to = (char *)dot__new(ctx, count * size + 1), *scratch = to;
+    if (!scratch) return false;
+    for (size_t width = 1; width < count; width *= 2) {
+        for (size_t begin = 0; begin < count; begin += 2 * width) {
+            size_t middle = count - begin < width ? count : begin + width;
+            size_t end = count - middle < width ? count : middle + width;
+            for (size_t at = begin, a = begin, b = middle; at < end; ++at) {
+                bool first = a < middle && (b == end || compare(from + a * size, from + b * size) <= 0);
+                memcpy(to + at * size, from + (first ? a++ : b++) * size, size);
+            }
         }
+        char *sorted = to;
+        to = from;
+        from = sorted;
     }
+    if (from == scratch) memcpy(items, from, count * size);
+    dot__delete(ctx, scratch);
+    return true;
 }
 
 /* For structs whose first member is a name. */
@@ -7189,26 +7204,21 @@ static int dot__by_name(const void *a, const void *b)
     return strcmp(*(const char *const *)a, *(const char *const *)b);
 }
 
-/* Sorts by name; returns a name that occurs twice, or NULL. */
-static const char *dot__sort_names(void *items, size_t count, size_t size)
+/* Sorts by name; finds in `twice` a name that occurs twice, or NULL. */
+static bool dot__sort_names(dot_context *ctx, void *items, size_t count, size_t size, const char **twice)
 {
     const char *base = (const char *)items;
-    dot__sort(items, count, size, dot__by_name);
-    for (size_t i = 1; i < count; ++i)
-        if (dot__by_name(base + (i - 1) * size, base + i * size) == 0) return *(const char *const *)(base + i * size);
-    return NULL;
+    *twice = NULL;
+    if (!dot__sort(ctx, items, count, size, dot__by_name)) return false;
+    for (size_t i = 1; i < count && !*twice; ++i)
+        if (dot__by_name(base + (i - 1) * size, base + i * size) == 0) *twice = *(const char *const *)(base + i * size);
+    return true;
 }
 
 static int dot__find_name(const void *items, int count, size_t size, const char *name)
 {
-    int low = 0, high = count;
-    while (low < high) {
-        int middle = low + (high - low) / 2;
-        int order = dot__by_name(&name, (const char *)items + (size_t)middle * size);
-        if (order == 0) return middle;
-        if (order < 0) high = middle; else low = middle + 1;
-    }
-    return -1;
+    const char *found = (const char *)bsearch(&name, items, (size_t)count, size, dot__by_name);
+    return found ? (int)((size_t)(found - (const char *)items) / size) : -1;
 }
 
 /* ---- the text of a safetensors header: JSON objects, strings, lists of integers; nothing else ---- */
@@ -7218,15 +7228,14 @@ static int dot__find_name(const void *items, int count, size_t size, const char 
 #define DOT__ST_METADATA "__metadata__"
 
 typedef struct dot__json {      /* a reader of text that ends with a zero byte, which no rule below accepts */
-    dot_context *ctx;
-    const char *function, *path;
+    const dot__file *file;
     char *text, *at;
 } dot__json;
 
 static bool dot__json_fail(dot__json *json, const char *expected)
 {
-    dot__fail(json->ctx, DOT_ERROR_FORMAT, "%s: %s: byte %lld of the header: expected %s", json->function, json->path,
-              (long long)(json->at - json->text), expected);
+    dot__fail(json->file->ctx, DOT_ERROR_FORMAT, "%s: %s: byte %lld of the header: expected %s", json->file->function,
+              json->file->path, DOT__LL(json->at - json->text), expected);
     return false;
 }
 
@@ -7385,7 +7394,7 @@ typedef struct dot__st_pair { const char *key, *value; } dot__st_pair;
 struct dot_safetensors {
     dot_context *ctx;
     dot_safetensors *next;      /* open file of the context */
-    int fd;
+    dot__file in;
     char *path, *header;        /* the header holds all the strings */
     int64_t data_begin, data_size;
     dot__st_entry *entries;     /* by name */
@@ -7404,7 +7413,7 @@ static bool dot__product(int rank, const int64_t *shape, int64_t *product)
     return true;
 }
 
-/* Whether a number >= 0 is one of size_t. */
+/* Whether a number of bytes >= 0 fits size_t. */
 static bool dot__fits_size(int64_t number) { return (int64_t)(size_t)number == number && (size_t)number < SIZE_MAX; }
 
 /* {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}, in any order. */
@@ -7441,7 +7450,7 @@ static bool dot__st_parse_tensor(dot__json *json, dot__st_entry *entry)
 }
 
 /* Whether dtype, shape and offsets fit each other and the data. */
-static bool dot__st_check_tensor(dot_safetensors *file, dot__json *json, dot__st_entry *entry)
+static bool dot__st_check_tensor(const dot_safetensors *file, dot__st_entry *entry)
 {
     dot_safetensors_entry *view = &entry->view;
     int64_t bits = dot__st_types[entry->type].bits, length = entry->end - entry->begin;
@@ -7455,8 +7464,8 @@ static bool dot__st_check_tensor(dot_safetensors *file, dot__json *json, dot__st
     else if (!dot__fits_size(length)) wrong = "a size that this machine cannot address";
     if (wrong) {
         dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: tensor \"%.80s\" has %s (data_offsets [%lld, %lld], %lld bytes of data)",
-                  json->function, json->path, view->name, wrong, (long long)entry->begin, (long long)entry->end,
-                  (long long)file->data_size);
+                  file->in.function, file->path, view->name, wrong, DOT__LL(entry->begin), DOT__LL(entry->end),
+                  DOT__LL(file->data_size));
         return false;
     }
     view->dtype = dot__st_types[entry->type].name;
@@ -7489,7 +7498,7 @@ static bool dot__st_parse(dot_safetensors *file, dot__json *json, const char *en
             memset(&entry, 0, sizeof entry);
             if (!(entry.view.name = dot__json_string(json)) || !dot__json_need(json, ':')) return false;
             if (strcmp(entry.view.name, DOT__ST_METADATA) != 0) {
-                if (!dot__st_parse_tensor(json, &entry) || !dot__st_check_tensor(file, json, &entry)) return false;
+                if (!dot__st_parse_tensor(json, &entry) || !dot__st_check_tensor(file, &entry)) return false;
                 file->entries[file->entry_count++] = entry;
             } else {
                 if (metadata) return dot__json_fail(json, DOT__ST_METADATA " only once before here");
@@ -7511,89 +7520,81 @@ static int dot__st_by_offset(const void *a, const void *b)
 }
 
 /* The tensors must cover the data without holes and overlaps; names and keys must be unique. Leaves both sorted. */
-static bool dot__st_check(dot_safetensors *file, const char *function)
+static bool dot__st_check(dot_safetensors *file)
 {
-    const char *twice;
+    const char *twice = NULL;
+    size_t entries = (size_t)file->entry_count, pairs = (size_t)file->pair_count;
     int64_t at = 0;
-    dot__sort(file->entries, (size_t)file->entry_count, sizeof *file->entries, dot__st_by_offset);
+    if (!dot__sort(file->ctx, file->entries, entries, sizeof *file->entries, dot__st_by_offset)) return false;
     for (int i = 0; i < file->entry_count; at = file->entries[i++].end)
         if (file->entries[i].begin != at) {
             dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: tensor \"%.80s\" begins at byte %lld of the data, expected %lld",
-                      function, file->path, file->entries[i].view.name, (long long)file->entries[i].begin, (long long)at);
+                      file->in.function, file->path, file->entries[i].view.name, DOT__LL(file->entries[i].begin),
+                      DOT__LL(at));
             return false;
         }
     if (at != file->data_size) {
         dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: the tensors take %lld bytes, but the file has %lld bytes of data",
-                  function, file->path, (long long)at, (long long)file->data_size);
+                  file->in.function, file->path, DOT__LL(at), DOT__LL(file->data_size));
         return false;
     }
-    twice = dot__sort_names(file->entries, (size_t)file->entry_count, sizeof *file->entries);
-    if (!twice) twice = dot__sort_names(file->pairs, (size_t)file->pair_count, sizeof *file->pairs);
-    if (twice) dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: the name \"%.80s\" occurs twice", function, file->path, twice);
+    if (!dot__sort_names(file->ctx, file->entries, entries, sizeof *file->entries, &twice)) return false;
+    if (!twice && !dot__sort_names(file->ctx, file->pairs, pairs, sizeof *file->pairs, &twice)) return false;
+    if (twice)
+        dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: the name \"%.80s\" occurs twice", file->in.function, file->path, twice);
     return !twice;
 }
 
 /* Memory is bounded by the header's length, which is bounded by the file's: the shortest tensor,
    "":{"dtype":"U8","shape":[],"data_offsets":[0,0]} has 49 bytes, the shortest metadata, "":"", has 5 and a comma. */
-static bool dot__st_read_header(dot_safetensors *file, const char *function, int64_t size)
+static bool dot__st_read_header(dot_safetensors *file)
 {
     unsigned char head[8];
     uint64_t length = 0;
     dot__json json;
-    if (size < 8) {
-        dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: %lld bytes, expected at least 8", function, file->path, (long long)size);
+    if (file->in.size < 8) {
+        dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: %lld bytes, expected at least 8", file->in.function, file->path,
+                  DOT__LL(file->in.size));
         return false;
     }
-    bool good = dot__file_read(file->fd, head, 8);
-    for (int i = 8; good && i-- > 0;) length = length << 8 | head[i];
-    if (good && (length > DOT__ST_MAX_HEADER || length > (uint64_t)size - 8)) {
+    if (!dot__file_read(&file->in, 0, head, 8)) return false;
+    for (int i = 8; i-- > 0;) length = length << 8 | head[i];
+    if (length > DOT__ST_MAX_HEADER || length > (uint64_t)file->in.size - 8) {
         dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: header of %llu bytes, expected at most %d and the %lld that follow",
-                  function, file->path, (unsigned long long)length, DOT__ST_MAX_HEADER, (long long)(size - 8));
+                  file->in.function, file->path, (unsigned long long)length, DOT__ST_MAX_HEADER,
+                  DOT__LL(file->in.size - 8));
         return false;
     }
     file->data_begin = 8 + (int64_t)length;
-    file->data_size = size - file->data_begin;
+    file->data_size = file->in.size - file->data_begin;
     file->header = (char *)dot__new(file->ctx, (size_t)length + 1);
     file->entries = (dot__st_entry *)dot__new(file->ctx, ((size_t)length / 49 + 1) * sizeof *file->entries);
     file->pairs = (dot__st_pair *)dot__new(file->ctx, ((size_t)length / 6 + 1) * sizeof *file->pairs);
     if (!file->header || !file->entries || !file->pairs) return false;
-    if (!good || !dot__file_read(file->fd, file->header, (size_t)length)) {
-        dot__fail(file->ctx, DOT_ERROR_FILE, "%s: %s: cannot read it: %s", function, file->path, dot__file_reason());
-        return false;
-    }
-    json.ctx = file->ctx;
-    json.function = function;
-    json.path = file->path;
+    json.file = &file->in;
     json.text = json.at = file->header;
-    return dot__st_parse(file, &json, file->header + length) && dot__st_check(file, function);
+    return dot__file_read(&file->in, 8, file->header, (size_t)length) && dot__st_parse(file, &json, file->header + length) &&
+           dot__st_check(file);
 }
 
 static dot_safetensors *dot__st_open(dot_context *ctx, const char *function, const char *path)
 {
-    if (!ctx) return NULL;
-    if (!path) {
-        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: path is NULL", function);
-        return NULL;
-    }
-    int64_t size = 0;
-    int fd = dot__file_open(ctx, function, path, &size);
-    if (fd < 0) return NULL;
+    dot__file in;
+    if (!ctx || !dot__file_open(&in, ctx, function, path)) return NULL;
     dot_safetensors *file = (dot_safetensors *)dot__new(ctx, sizeof *file);
     if (!file) {
-        dot__os_close(fd);
+        dot__file_close(&in);
         return NULL;
     }
     file->ctx = ctx;
-    file->fd = fd;
+    file->in = in;
     file->next = ctx->files;
     ctx->files = file;
     file->path = (char *)dot__new(ctx, strlen(path) + 1);
-    if (file->path) strcpy(file->path, path);
-    if (!file->path || !dot__st_read_header(file, function, size)) {
-        dot_safetensors_close(file);
-        return NULL;
-    }
-    return file;
+    if (file->path) file->in.path = strcpy(file->path, path);
+    if (file->path && dot__st_read_header(file)) return file;
+    dot_safetensors_close(file);
+    return NULL;
 }
 
 dot_safetensors *dot_safetensors_open(dot_context *ctx, const char *path)
@@ -7607,7 +7608,7 @@ void dot_safetensors_close(dot_safetensors *file)
     dot_safetensors **link = &file->ctx->files;
     while (*link != file) link = &(*link)->next;
     *link = file->next;
-    dot__os_close(file->fd);
+    dot__file_close(&file->in);
     dot__delete(file->ctx, file->path);
     dot__delete(file->ctx, file->header);
     dot__delete(file->ctx, file->entries);
@@ -7650,40 +7651,30 @@ const char *dot_safetensors_metadata(const dot_safetensors *file, const char *ke
     return index < 0 ? NULL : file->pairs[index].value;
 }
 
-/* `bytes` of the tensor's data to `out`, in this machine's byte order, from where the last read ended. */
-static bool dot__st_read_part(dot_safetensors *file, const char *function, const dot__st_entry *entry, void *out, size_t bytes)
+/* Whether `out` is room for the `expected` bytes or elements of a tensor. */
+static bool dot__st_room(const dot_safetensors *file, const dot__st_entry *entry, const void *out, int64_t given,
+                         int64_t expected, const char *unit)
 {
-    if (!dot__file_read(file->fd, out, bytes)) {
-        dot__fail(file->ctx, DOT_ERROR_FILE, "%s: %s: cannot read tensor \"%.80s\": %s", function, file->path,
-                  entry->view.name, dot__file_reason());
-        return false;
-    }
-    if (dot__big_endian()) dot__swap_words((unsigned char *)out, bytes, (size_t)dot__st_types[entry->type].word);
-    return true;
+    if (given == expected && (out || expected == 0)) return true;
+    dot__fail(file->ctx, DOT_ERROR_ARGUMENT, "%s: %s: room for %lld %s%s, but tensor \"%.80s\" has %lld", file->in.function,
+              file->path, DOT__LL(given), unit, out ? "" : " at NULL", entry->view.name, DOT__LL(expected));
+    return false;
 }
 
-/* The entry, with the file positioned at its data, if `given` is its `size` (bytes or elements). */
-static const dot__st_entry *dot__st_begin(dot_safetensors *file, const char *function, int index, const void *out,
-                                          bool elements, uint64_t given)
+/* `bytes` of the tensor's data, from byte `at` of them, in this machine's byte order. */
+static bool dot__st_read_part(const dot_safetensors *file, const dot__st_entry *entry, int64_t at, void *out, size_t bytes)
 {
-    const dot__st_entry *entry = dot__st_entry_at(file, function, index);
-    if (!entry) return NULL;
-    uint64_t size = elements ? (uint64_t)entry->view.count : (uint64_t)entry->view.bytes;
-    if (given != size || (!out && size > 0)) {
-        dot__fail(file->ctx, DOT_ERROR_ARGUMENT, "%s: %s: room for %llu %s%s, but tensor \"%.80s\" has %llu", function, file->path,
-                  (unsigned long long)given, elements ? "elements" : "bytes", out ? "" : " at NULL", entry->view.name,
-                  (unsigned long long)size);
-        return NULL;
-    }
-    if (dot__os_seek(file->fd, file->data_begin + entry->begin)) return entry;
-    dot__fail(file->ctx, DOT_ERROR_FILE, "%s: %s: cannot seek: %s", function, file->path, dot__file_reason());
-    return NULL;
+    bool good = dot__file_read(&file->in, file->data_begin + entry->begin + at, out, bytes);
+    if (good && dot__big_endian()) dot__swap_words((unsigned char *)out, bytes, (size_t)dot__st_types[entry->type].word);
+    return good;
 }
 
 static bool dot__st_read(dot_safetensors *file, const char *function, int index, void *out, size_t bytes)
 {
-    const dot__st_entry *entry = dot__st_begin(file, function, index, out, false, bytes);
-    return entry && dot__st_read_part(file, function, entry, out, bytes);
+    const dot__st_entry *entry = dot__st_entry_at(file, function, index);
+    file->in.function = function;
+    return entry && dot__st_room(file, entry, out, (int64_t)bytes, (int64_t)entry->view.bytes, "bytes") &&
+           dot__st_read_part(file, entry, 0, out, bytes);
 }
 
 static double dot__st_value(const unsigned char *at, int dtype)
@@ -7702,20 +7693,20 @@ static double dot__st_value(const unsigned char *at, int dtype)
 static bool dot__st_read_double(dot_safetensors *file, const char *function, int index, double *out, int64_t count)
 {
     unsigned char buffer[4096];
-    const dot__st_entry *entry = dot__st_begin(file, function, index, out, true, (uint64_t)count);
-    if (!entry) return false;
+    const dot__st_entry *entry = dot__st_entry_at(file, function, index);
+    file->in.function = function;
+    if (!entry || !dot__st_room(file, entry, out, count, entry->view.count, "elements")) return false;
     int dtype = dot__st_types[entry->type].dtype;
     if (dtype < 0) {
         dot__fail(file->ctx, DOT_ERROR_DTYPE, "%s: %s: tensor \"%.80s\" is %s, expected F32, F64, I64 or U8", function,
                   file->path, entry->view.name, entry->view.dtype);
         return false;
     }
-    size_t size = (size_t)dot__st_types[entry->type].word, most = sizeof buffer / size;
-    while (count > 0) {
-        size_t n = count < (int64_t)most ? (size_t)count : most;
-        if (!dot__st_read_part(file, function, entry, buffer, n * size)) return false;
-        for (size_t i = 0; i < n; ++i) *out++ = dot__st_value(buffer + i * size, dtype);
-        count -= (int64_t)n;
+    int64_t size = dot__st_types[entry->type].word, most = (int64_t)sizeof buffer / size;
+    for (int64_t done = 0, n; done < count; done += n) {
+        n = count - done < most ? count - done : most;
+        if (!dot__st_read_part(file, entry, done * size, buffer, (size_t)(n * size))) return false;
+        for (int64_t i = 0; i < n; ++i) out[done + i] = dot__st_value(buffer + i * size, dtype);
     }
     return true;
 }
@@ -7784,20 +7775,24 @@ static int64_t dot__item_bytes(const dot_safetensors_item *item)
     return count * dot__st_types[dot__st_type(item->dtype)].word;
 }
 
-/* What is wrong with an item, or NULL. */
-static const char *dot__item_fault(const dot_safetensors_item *item, bool source)
+static bool dot__item_check(dot_context *ctx, const char *function, const dot_safetensors_item *item, int index, bool source)
 {
+    const char *expected = NULL;
     int64_t count = 0;
-    if (!item->name || !*item->name) return "no name";
-    if (!dot__utf8(item->name)) return "a name that is not UTF-8";
-    if (strcmp(item->name, DOT__ST_METADATA) == 0) return "a name that is reserved";
-    if (dot__st_type(item->dtype) < 0) return "an unknown dtype";
-    if (item->rank < 0 || item->rank > DOT_MAX_RANK) return "a rank outside 0..8";
-    for (int i = 0; i < item->rank; ++i)
-        if (item->shape[i] < 0 || item->shape[i] > DOT__ST_MAX_INTEGER) return "a size outside 0..281474976710655";
-    if (!dot__product(item->rank, item->shape, &count) || count > DOT__ST_MAX_INTEGER / 8) return "too many elements";
-    if (count > 0 && !item->data && !source) return "no data";
-    return NULL;
+    int rank = item->rank;
+    if (!item->name || !*item->name) expected = "a name";
+    else if (!dot__utf8(item->name)) expected = "a name in UTF-8";
+    else if (strcmp(item->name, DOT__ST_METADATA) == 0) expected = "another name";
+    else if (dot__st_type(item->dtype) < 0) expected = "dtype DOT_F32, DOT_F64, DOT_I64 or DOT_U8";
+    else if (rank < 0 || rank > DOT_MAX_RANK) expected = "rank 0..8";
+    for (int i = 0; !expected && i < rank; ++i)
+        if (item->shape[i] < 0 || item->shape[i] > DOT__ST_MAX_INTEGER) expected = "sizes 0..281474976710655";
+    if (!expected && (!dot__product(rank, item->shape, &count) || count > DOT__ST_MAX_INTEGER / 8)) expected = "fewer elements";
+    if (!expected && count > 0 && !item->data && !source) expected = "data";
+    if (expected)
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: item %d (\"%.80s\"): dtype %d, rank %d, shape %s; expected %s", function, index,
+                  item->name ? item->name : "", (int)item->dtype, rank, dot__shape_text(rank, item->shape).text, expected);
+    return !expected;
 }
 
 static bool dot__metadata_check(dot_context *ctx, const char *function, const char *const *metadata)
@@ -7828,23 +7823,22 @@ static bool dot__items_order(dot_context *ctx, const char *function, const dot_s
 {
     int64_t total = 0;
     for (int i = 0; i < count; ++i) {
-        const char *fault = dot__item_fault(&items[i], source);
-        if (!fault && (total += dot__item_bytes(&items[i])) > DOT__ST_MAX_INTEGER) fault = "more data than a file can hold";
-        if (fault) {
-            dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: item %d (\"%.80s\") has %s", function, i,
-                      items[i].name ? items[i].name : "", fault);
+        if (!dot__item_check(ctx, function, &items[i], i, source)) return false;
+        if ((total += dot__item_bytes(&items[i])) > DOT__ST_MAX_INTEGER) {
+            dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: %lld bytes up to item %d, expected at most %lld", function, DOT__LL(total), i,
+                      DOT__LL(DOT__ST_MAX_INTEGER));
             return false;
         }
         order[i].name = items[i].name;
         order[i].item = &items[i];
     }
-    const char *twice = dot__sort_names(order, (size_t)count, sizeof *order);
+    const char *twice = NULL;
+    if (!dot__sort_names(ctx, order, (size_t)count, sizeof *order, &twice)) return false;
     if (twice) {
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: the name \"%.80s\" occurs twice", function, twice);
         return false;
     }
-    dot__sort(order, (size_t)count, sizeof *order, dot__by_alignment);
-    return true;
+    return dot__sort(ctx, order, (size_t)count, sizeof *order, dot__by_alignment);
 }
 
 /* {"__metadata__":{...},"name":{"dtype":"F32","shape":[...],"data_offsets":[begin,end]},...} and spaces to a multiple of 8. */
@@ -7922,8 +7916,10 @@ static bool dot__st_write(dot_context *ctx, const char *function, const char *pa
 {
     dot__json_text header = { NULL, 0 };
     dot__draft draft;
+    ctx->function = function;
     if (!path || count < 0 || (!items && count > 0)) {
-        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: %s", function, !path ? "path is NULL" : "items is NULL or count negative");
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: path is %s, items is %s, count %d; expected a path, and as many items as the count",
+                  function, path ? path : "NULL", items ? "given" : "NULL", count);
         return false;
     }
     dot__item_ref *order = (dot__item_ref *)dot__new(ctx, ((size_t)count + 1) * sizeof *order);
@@ -7992,7 +7988,7 @@ static bool dot__dataset_check(dot_context *ctx, const char *function, const dot
     else if (options->first < 0 || options->first >= total || options->count < -1 || options->count == 0 ||
              options->count > total - options->first)
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: first %lld, count %lld, but there are %lld records", function,
-                  (long long)options->first, (long long)options->count, (long long)total);
+                  DOT__LL(options->first), DOT__LL(options->count), DOT__LL(total));
     else return true;
     return false;
 }
@@ -8011,7 +8007,7 @@ static bool dot__dataset_reserve(dot_dataset *dataset, const char *function)
     if (!dot__fits_size(dataset->count + 2) || !dot__mul_size((size_t)dataset->count + 2, sizeof *dataset->order, &bytes) ||
         !dot__mul_size(bytes, (size_t)wanted, &bytes)) {
         dot__fail(dataset->ctx, DOT_ERROR_MEMORY, "%s: %d permutations of %lld records do not fit the memory", function, wanted,
-                  (long long)dataset->count);
+                  DOT__LL(dataset->count));
         return false;
     }
     dot__delete(dataset->ctx, dataset->order);
@@ -8057,22 +8053,22 @@ dot_dataset *dot_dataset_memory(dot_context *ctx, const uint8_t *records, const 
     static const char function[] = "dot_dataset_memory";
     int64_t sizes[DOT_MAX_RANK], total = 0;
     if (!ctx || !dot_ok(ctx)) return NULL;
+    ctx->function = function;
     if (!records || count < 1 || rank < 0 || rank >= DOT_MAX_RANK || (rank > 0 && !shape)) {
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: records %s, count %lld, rank %d, shape %s; expected records, count at least 1, "
-                  "rank 0..%d and its shape", function, records ? "given" : "NULL", (long long)count, rank,
+                  "rank 0..%d and its shape", function, records ? "given" : "NULL", DOT__LL(count), rank,
                   shape ? "given" : "NULL", DOT_MAX_RANK - 1);
         return NULL;
     }
     sizes[0] = count;
+    bool fits = true;
     for (int i = 0; i < rank; ++i) {
         sizes[i + 1] = shape[i];
-        if (shape[i] < 1) {
-            dot__fail(ctx, DOT_ERROR_SHAPE, "%s: size %lld of axis %d, expected at least 1", function, (long long)shape[i], i);
-            return NULL;
-        }
+        fits = fits && shape[i] >= 1;
     }
-    if (!dot__product(rank + 1, sizes, &total) || !dot__fits_size(total)) {
-        dot__fail(ctx, DOT_ERROR_SHAPE, "%s: %lld records of this shape do not fit the memory", function, (long long)count);
+    if (!fits || !dot__product(rank + 1, sizes, &total) || !dot__fits_size(total)) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "%s: %lld records of shape %s, expected sizes of at least 1 that fit the memory",
+                  function, DOT__LL(count), dot__shape_text(rank, shape).text);
         return NULL;
     }
     dot_dataset *dataset = dot__dataset_new(ctx, function, count, rank, shape, options);
@@ -8084,65 +8080,64 @@ dot_dataset *dot_dataset_memory(dot_context *ctx, const uint8_t *records, const 
 
 /* Opens an IDX file of unsigned bytes and checks it: two zero bytes, the type 8, the number of sizes, the sizes as big-endian
    32-bit numbers, and exactly as many bytes as they say (LeCun, Cortes, Burges, "The MNIST database"). */
-static int dot__idx_open(dot_context *ctx, const char *function, const char *path, int rank, int64_t *sizes)
+static bool dot__idx_open(dot__file *file, dot_context *ctx, const char *function, const char *path, int rank, int64_t *sizes)
 {
     unsigned char head[16] = { 0 };
-    int64_t size = 0, expected = 0;
-    int begin = 4 + 4 * rank, fd = dot__file_open(ctx, function, path, &size);
-    if (fd < 0) return -1;
-    bool whole = size >= begin;
-    if (!dot__file_read(fd, head, (size_t)(whole ? begin : size < 4 ? (int)size : 4))) {
-        dot__fail(ctx, DOT_ERROR_FILE, "%s: %s: cannot read it: %s", function, path, dot__file_reason());
-    } else if (size >= 4 && (head[0] || head[1] || head[2] != 8 || head[3] != rank)) {
+    int64_t expected = 0, begin = 4 + 4 * rank;
+    if (!dot__file_open(file, ctx, function, path)) return false;
+    bool whole = file->size >= begin, magic = file->size >= 4;
+    if (!dot__file_read(file, 0, head, (size_t)(whole ? begin : magic ? 4 : 0))) {
+        dot__file_close(file);
+        return false;
+    }
+    for (int i = 0; i < rank; ++i) {
+        const unsigned char *at = head + 4 + 4 * i;
+        sizes[i] = (int64_t)at[0] << 24 | (int64_t)at[1] << 16 | (int64_t)at[2] << 8 | at[3];
+    }
+    bool fits = dot__product(rank, sizes, &expected) && expected == file->size - begin;
+    if (magic && (head[0] || head[1] || head[2] != 8 || head[3] != rank))
         dot__fail(ctx, DOT_ERROR_FORMAT, "%s: %s: magic number 0x%02x%02x%02x%02x, expected 0x0000080%d (unsigned bytes, "
                   "%d dimension%s)%s", function, path, head[0], head[1], head[2], head[3], rank, rank, rank == 1 ? "" : "s",
                   head[0] == 0x1f && head[1] == 0x8b ? "; it is compressed: gunzip it first" : "");
-    } else if (!whole) {
-        dot__fail(ctx, DOT_ERROR_FORMAT, "%s: %s: %lld bytes, expected at least %d", function, path, (long long)size, begin);
-    } else {
-        for (int i = 0; i < rank; ++i) {
-            const unsigned char *at = head + 4 + 4 * i;
-            sizes[i] = (int64_t)at[0] << 24 | (int64_t)at[1] << 16 | (int64_t)at[2] << 8 | at[3];
-        }
-        bool fits = dot__product(rank, sizes, &expected);
-        if (!fits || expected != size - begin)
-            dot__fail(ctx, DOT_ERROR_FORMAT, "%s: %s: %lld records of %lld x %lld bytes announced, but %lld bytes follow", function,
-                      path, (long long)sizes[0], (long long)(rank > 1 ? sizes[1] : 1), (long long)(rank > 2 ? sizes[2] : 1),
-                      (long long)(size - begin));
-        else if (expected == 0)
-            dot__fail(ctx, DOT_ERROR_FORMAT, "%s: %s: it is empty, expected at least one record", function, path);
-        else if (!dot__fits_size(expected))
-            dot__fail(ctx, DOT_ERROR_MEMORY, "%s: %s: %lld bytes do not fit the memory", function, path, (long long)expected);
-        else return fd;
-    }
-    dot__os_close(fd);
-    return -1;
+    else if (!whole)
+        dot__fail(ctx, DOT_ERROR_FORMAT, "%s: %s: %lld bytes, expected at least %lld", function, path, DOT__LL(file->size),
+                  DOT__LL(begin));
+    else if (!fits)
+        dot__fail(ctx, DOT_ERROR_FORMAT, "%s: %s: %lld records of %lld x %lld bytes announced, but %lld bytes follow", function,
+                  path, DOT__LL(sizes[0]), DOT__LL(rank > 1 ? sizes[1] : 1), DOT__LL(rank > 2 ? sizes[2] : 1),
+                  DOT__LL(file->size - begin));
+    else if (expected == 0)
+        dot__fail(ctx, DOT_ERROR_FORMAT, "%s: %s: it is empty, expected at least one record", function, path);
+    else if (!dot__fits_size(expected))
+        dot__fail(ctx, DOT_ERROR_MEMORY, "%s: %s: %lld bytes do not fit the memory", function, path, DOT__LL(expected));
+    else return true;
+    dot__file_close(file);
+    return false;
 }
 
-/* The records of the dataset's part, and the end of the file. */
-static uint8_t *dot__idx_read(const dot_dataset *dataset, const char *function, const char *path, int fd, int rank)
+/* The records of the dataset's part. Closes the file. */
+static uint8_t *dot__idx_read(const dot_dataset *dataset, dot__file *file, int rank)
 {
     int64_t record = rank == 1 ? 1 : dataset->record_size;
     size_t bytes = (size_t)(dataset->count * record);
     uint8_t *records = (uint8_t *)dot__new(dataset->ctx, bytes);
-    if (records && (!dot__os_seek(fd, 4 + 4 * rank + dataset->first * record) || !dot__file_read(fd, records, bytes))) {
-        dot__fail(dataset->ctx, DOT_ERROR_FILE, "%s: %s: cannot read it: %s", function, path, dot__file_reason());
+    if (records && !dot__file_read(file, 4 + 4 * rank + dataset->first * record, records, bytes)) {
         dot__delete(dataset->ctx, records);
         records = NULL;
     }
-    dot__os_close(fd);
+    dot__file_close(file);
     return records;
 }
 
 static uint8_t *dot__idx_labels(const dot_dataset *dataset, const char *function, const char *path, int64_t total)
 {
+    dot__file file;
     int64_t count = 0;
-    int fd = dot__idx_open(dataset->ctx, function, path, 1, &count);
-    if (fd < 0) return NULL;
-    if (count == total) return dot__idx_read(dataset, function, path, fd, 1);
-    dot__fail(dataset->ctx, DOT_ERROR_FORMAT, "%s: %s: %lld labels for %lld images", function, path, (long long)count,
-              (long long)total);
-    dot__os_close(fd);
+    if (!dot__idx_open(&file, dataset->ctx, function, path, 1, &count)) return NULL;
+    if (count == total) return dot__idx_read(dataset, &file, 1);
+    dot__fail(dataset->ctx, DOT_ERROR_FORMAT, "%s: %s: %lld labels for %lld images", function, path, DOT__LL(count),
+              DOT__LL(total));
+    dot__file_close(&file);
     return NULL;
 }
 
@@ -8151,35 +8146,28 @@ dot_dataset *dot_dataset_idx(dot_context *ctx, const char *images, const char *l
     static const char function[] = "dot_dataset_idx";
     int64_t sizes[4] = { 0, 0, 0, 1 };                  /* [count, H, W], and one channel */
     uint8_t *records = NULL, *classes = NULL;
-    if (!ctx || !dot_ok(ctx)) return NULL;
-    if (!images) {
-        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: images is NULL", function);
-        return NULL;
-    }
-    int fd = dot__idx_open(ctx, function, images, 3, sizes);
-    if (fd < 0) return NULL;
+    dot__file file;
+    if (!ctx || !dot_ok(ctx) || !dot__idx_open(&file, ctx, function, images, 3, sizes)) return NULL;
     dot_dataset *dataset = dot__dataset_new(ctx, function, sizes[0], 3, sizes + 1, options);
     if (!dataset) {
-        dot__os_close(fd);
+        dot__file_close(&file);
         return NULL;
     }
-    records = dot__idx_read(dataset, function, images, fd, 3);
+    records = dot__idx_read(dataset, &file, 3);
     if (records && labels) classes = dot__idx_labels(dataset, function, labels, sizes[0]);
-    if (!records || (labels && !classes)) {
-        dot__delete(ctx, records);
-        dot__dataset_delete(dataset);
-        return NULL;
-    }
     dataset->records = records;
     dataset->labels = classes;
-    return dataset;
+    if (records && (classes || !labels)) return dataset;
+    dot__delete(ctx, records);
+    dot__dataset_delete(dataset);
+    return NULL;
 }
 
 static bool dot__dataset_index(const dot_dataset *dataset, const char *function, int64_t index)
 {
     if (!dataset || (index >= 0 && index < dataset->count)) return dataset != NULL;
-    dot__fail(dataset->ctx, DOT_ERROR_ARGUMENT, "%s: record %lld, but there are %lld", function, (long long)index,
-              (long long)dataset->count);
+    dot__fail(dataset->ctx, DOT_ERROR_ARGUMENT, "%s: record %lld, but there are %lld", function, DOT__LL(index),
+              DOT__LL(dataset->count));
     return false;
 }
 
@@ -8200,7 +8188,7 @@ int dot_dataset_label(const dot_dataset *dataset, int64_t index)
 static int64_t dot__batches(const dot_dataset *dataset, const char *function, int64_t batch)
 {
     if (batch >= 1) return (dataset->count - 1) / batch + 1;
-    dot__fail(dataset->ctx, DOT_ERROR_ARGUMENT, "%s: batch %lld, expected at least 1", function, (long long)batch);
+    dot__fail(dataset->ctx, DOT_ERROR_ARGUMENT, "%s: batch %lld, expected at least 1", function, DOT__LL(batch));
     return 0;
 }
 
@@ -8250,16 +8238,17 @@ static void dot__take_label(const dot_dataset *dataset, int64_t record, int64_t 
     ((int64_t *)out)[row] = dataset->labels[record];
 }
 
-/* Batch `step` of whatever `gather` takes from a record, of shape [batch] + the first `rank` sizes of a record's shape. One
+/* Batch `step` of whatever `take` takes from a record, of shape [batch] + the first `rank` sizes of a record's shape. One
    copy for all lanes if they see the same records, else one for each active lane. */
-static dot_tensor *dot__batch(dot_dataset *dataset, const char *function, int64_t batch, int64_t step, dot_dtype dtype, int rank,
-                              dot__take gather)
+static dot_tensor *dot__batch(dot_dataset *dataset, const char *function, int64_t batch, int64_t step, dot_dtype dtype,
+                              int rank, dot__take take)
 {
     int64_t shape[DOT_MAX_RANK] = { 0 }, batches = dot__batches(dataset, function, batch);
     dot_context *ctx = dataset->ctx;
+    ctx->function = function;
     if (batches == 0) return NULL;
     if (step < 0) {
-        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: step %lld, expected at least 0", function, (long long)step);
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: step %lld, expected at least 0", function, DOT__LL(step));
         return NULL;
     }
     if (!dot__dataset_reserve(dataset, function)) return NULL;
@@ -8272,7 +8261,7 @@ static dot_tensor *dot__batch(dot_dataset *dataset, const char *function, int64_
         if (laned && !dot_lane_active(ctx, lane)) continue;
         const int64_t *order = dot__dataset_order(dataset, lane, epoch);
         for (int64_t row = 0; row < shape[0]; ++row)
-            gather(dataset, order ? order[begin + row] : begin + row, row, dot__at(out, lane));
+            take(dataset, order ? order[begin + row] : begin + row, row, dot__at(out, lane));
     }
     return out;
 }
@@ -8281,7 +8270,8 @@ dot_tensor *dot_batch(dot_dataset *dataset, int64_t batch, int64_t step)
 {
     if (!dataset || !dot_ok(dataset->ctx)) return NULL;
     dot_dtype dtype = dataset->ctx->dtype;
-    return dot__batch(dataset, "dot_batch", batch, step, dtype, dataset->rank, dtype == DOT_F32 ? dot__take_f32 : dot__take_f64);
+    return dot__batch(dataset, "dot_batch", batch, step, dtype, dataset->rank,
+                      dtype == DOT_F32 ? dot__take_f32 : dot__take_f64);
 }
 
 dot_tensor *dot_batch_labels(dot_dataset *dataset, int64_t batch, int64_t step)
@@ -8538,14 +8528,14 @@ static bool dot__list_training(dot__list *list, void *user)
     dot_optimizer *opt = t->optimizer;
     int lanes = list->ctx->lanes;
     int64_t hypers[3] = { opt->groups, lanes, DOT_HYPERS }, lane_count = lanes;
-    char prefix[2][64];
+    char of_lane[24], prefix[64];
     for (list->lane = 0; list->lane < lanes; ++list->lane) {
-        prefix[0][0] = 0;
-        if (lanes > 1) snprintf(prefix[0], 32, "lane%d.", list->lane);
-        snprintf(prefix[1], sizeof prefix[1], "%smodel.", prefix[0]);
-        list->prefix = prefix[1];
+        of_lane[0] = 0;
+        if (lanes > 1) snprintf(of_lane, sizeof of_lane, "lane%d.", list->lane);
+        snprintf(prefix, sizeof prefix, "%smodel.", of_lane);
+        list->prefix = prefix;
         if (!dot__visit(t->layer, "", dot__list_visit, list)) return false;
-        snprintf(prefix[1], sizeof prefix[1], "%soptimizer.", prefix[0]);
+        snprintf(prefix, sizeof prefix, "%soptimizer.", of_lane);
         for (int i = 0; i < opt->slots; ++i) dot__list_slot(list, opt, &opt->slot[i]);
     }
     list->prefix = "";

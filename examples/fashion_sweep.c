@@ -36,9 +36,9 @@ typedef struct {
 
 static const preset presets[] = {
     { "quick", "all variants on a coarse grid and a part of the data: minutes",
-      "1/64,1/16,1/4,1,2", "0,1/8,1,8,32", 1536, -1, 4, 32, true },
+      "1/16,1/4,1/2,1,2", "0,1/8,1,8,32", 480, -1, 3, 16, true },
     { "cpu", "all variants on the whole grid and a part of the data: a night on two cores",
-      ALL_LR, ALL_WD, 12000, -1, 10, 64, true },
+      ALL_LR, ALL_WD, 4800, -1, 10, 32, true },
     { "full", "the plan's 15 x 144 runs of 100 epochs on all 60,000 samples",
       ALL_LR, ALL_WD, 60000, 0, 100, 128, false },
 };
@@ -72,38 +72,43 @@ typedef struct {
 
 #define AT(field) offsetof(options, field)
 static const option option_table[] = {
-    { "preset",          TEXT,   AT(preset),          0, 0,          "NAME",             "quick (default), cpu or full; the options below change it" },
-    { "only",            TEXT,   AT(only),            0, 0,          "LIST",             "variants, e.g. A1,B3" },
-    { "lr-mult",         TEXT,   AT(lr_text),         0, 0,          "LIST",             "learning rate multipliers, e.g. 1/4,1/2,1" },
-    { "wd-mult",         TEXT,   AT(wd_text),         0, 0,          "LIST",             "weight decay multipliers, e.g. 0,1/32,1" },
-    { "seed",            TEXT,   AT(seed_text),       0, 0,          "LIST",             "42; of several, the geometric mean is shown" },
-    { "control",         ON,     AT(control),         0, 0,          NULL,               "add A1c, Adam + L2 with cosine schedule" },
-    { "no-control",      OFF,    AT(control),         0, 0,          NULL,               "leave A1c out" },
-    { "model",           CHOICE, AT(model),           0, 0,          "conv|mlp",         "the network" },
-    { "samples",         COUNT,  AT(samples),         2, 1000000000, "N",                "training images, the validation images included" },
-    { "val",             COUNT,  AT(validation),      0, 1000000000, "N",                "validation images: the last of the samples (a twelfth; full: 0)" },
-    { "test-samples",    COUNT,  AT(test_samples),    1, 1000000000, "N",                "test images (a sixth of the samples, at most 10000)" },
-    { "epochs",          COUNT,  AT(epochs),          1, 100000,     "N",                "schedules keep the proportions that they have at 100" },
-    { "batch",           COUNT,  AT(batch),           1, 100000,     "N",                "images in a batch" },
-    { "decay",           CHOICE, AT(decay),           0, 0,          "paper|torch",      "decoupled decay: free of the learning rate, or times it" },
-    { "decay-norm",      CHOICE, AT(decay_norm),      0, 0,          "paper|seed",       "normalised decay: over sqrt(steps of the period), or\n"
-                                                                                         "times sqrt(batch / (batches * epochs))" },
-    { "log-every",       COUNT,  AT(log_every),       1, 1000000000, "N",                "steps between two measurements of the norms (an epoch)" },
-    { "jobs",            COUNT,  AT(jobs),            1, 1024,       "N",                "runs at the same time (the number of cores)" },
-    { "lanes",           COUNT,  AT(lanes),           1, 4096,       "N",                "runs in one context (1); changes no result" },
-    { "reconstructions", CHOICE, AT(reconstructions), 0, 0,          "none|center|all",  "draw them for no run, for one a variant, for all" },
-    { "cmap",            CHOICE, AT(map),             0, 0,          "jet|viridis|turbo", "colours of the heatmaps" },
-    { "data",            TEXT,   AT(data),            0, 0,          "DIR",              "where the IDX files are (data)" },
-    { "out",             TEXT,   AT(out),             0, 0,          "DIR",              "where the results go (results/PRESET)" },
-    { "resume",          ON,     AT(resume),          0, 0,          NULL,               "go on with what the folder holds (default)" },
-    { "no-resume",       OFF,    AT(resume),          0, 0,          NULL,               "start in an empty folder" },
-    { "force",           ON,     AT(force),           0, 0,          NULL,               "with --no-resume: delete the results that it holds" },
-    { "dry-run",         ON,     AT(dry_run),         0, 0,          NULL,               "print the plan and the time that it will take" },
-    { "list",            ON,     AT(list),            0, 0,          NULL,               "print the runs, one a line" },
-    { "no-progress",     OFF,    AT(progress),        0, 0,          NULL,               "plain lines instead of a progress line" },
-    { "quiet",           ON,     AT(quiet),           0, 0,          NULL,               "neither" },
-    { "help",            ON,     AT(help),            0, 0,          NULL,               "print this" },
-    { "version",         ON,     AT(version),         0, 0,          NULL,               "print the version" },
+    { "preset", TEXT, AT(preset), 0, 0, "NAME", "quick (default), cpu or full; the options below change it" },
+    { "only", TEXT, AT(only), 0, 0, "LIST", "variants, e.g. A1,B3" },
+    { "lr-mult", TEXT, AT(lr_text), 0, 0, "LIST", "learning rate multipliers, e.g. 1/4,1/2,1" },
+    { "wd-mult", TEXT, AT(wd_text), 0, 0, "LIST", "weight decay multipliers, e.g. 0,1/32,1" },
+    { "seed", TEXT, AT(seed_text), 0, 0, "LIST", "42; of several, the geometric mean is shown" },
+    { "control", ON, AT(control), 0, 0, NULL, "add A1c, Adam + L2 with cosine schedule" },
+    { "no-control", OFF, AT(control), 0, 0, NULL, "leave A1c out" },
+    { "model", CHOICE, AT(model), 0, 0, "conv|mlp", "the network" },
+    { "samples", COUNT, AT(samples), 2, 1000000000, "N", "training images, the validation images included" },
+    { "val", COUNT, AT(validation), 0, 1000000000, "N",
+      "validation images: the last of the samples (a twelfth; full: 0)" },
+    { "test-samples", COUNT, AT(test_samples), 1, 1000000000, "N",
+      "test images (a sixth of the samples, at most 10000)" },
+    { "epochs", COUNT, AT(epochs), 1, 100000, "N", "schedules keep the proportions that they have at 100" },
+    { "batch", COUNT, AT(batch), 1, 100000, "N", "images in a batch" },
+    { "decay", CHOICE, AT(decay), 0, 0, "paper|torch", "decoupled decay: free of the learning rate, or times it" },
+    { "decay-norm", CHOICE, AT(decay_norm), 0, 0, "paper|seed",
+      "normalised decay: over sqrt(steps of the period), or\n"
+      "times sqrt(batch / (batches * epochs))" },
+    { "log-every", COUNT, AT(log_every), 1, 1000000000, "N",
+      "steps between two measurements of the norms (an epoch)" },
+    { "jobs", COUNT, AT(jobs), 1, 1024, "N", "runs at the same time (the number of cores)" },
+    { "lanes", COUNT, AT(lanes), 1, 4096, "N", "runs in one context (1); changes no result" },
+    { "reconstructions", CHOICE, AT(reconstructions), 0, 0, "none|center|all",
+      "draw them for no run, for one a variant, for all" },
+    { "cmap", CHOICE, AT(map), 0, 0, "jet|viridis|turbo", "colours of the heatmaps" },
+    { "data", TEXT, AT(data), 0, 0, "DIR", "where the IDX files are (data)" },
+    { "out", TEXT, AT(out), 0, 0, "DIR", "where the results go (results/PRESET)" },
+    { "resume", ON, AT(resume), 0, 0, NULL, "go on with what the folder holds (default)" },
+    { "no-resume", OFF, AT(resume), 0, 0, NULL, "start in an empty folder" },
+    { "force", ON, AT(force), 0, 0, NULL, "with --no-resume: delete the results that it holds" },
+    { "dry-run", ON, AT(dry_run), 0, 0, NULL, "print the plan and the time that it will take" },
+    { "list", ON, AT(list), 0, 0, NULL, "print the runs, one a line" },
+    { "no-progress", OFF, AT(progress), 0, 0, NULL, "plain lines instead of a progress line" },
+    { "quiet", ON, AT(quiet), 0, 0, NULL, "neither" },
+    { "help", ON, AT(help), 0, 0, NULL, "print this" },
+    { "version", ON, AT(version), 0, 0, NULL, "print the version" },
 };
 #undef AT
 enum { OPTIONS = sizeof option_table / sizeof *option_table, NOT_GIVEN = -1 };
@@ -218,7 +223,8 @@ static void take_seed(const char *name, const char *text, options *o)
 {
     char *end;
     const double value = isdigit((unsigned char)*text) ? (double)strtoull(text, &end, 10) : NAN;
-    if (isnan(value) || *end || value > 9007199254740992.0) usage_error("--%s: '%s' is no whole number up to 2^53", name, text);
+    if (isnan(value) || *end || value > 9007199254740992.0)
+        usage_error("--%s: '%s' is no whole number up to 2^53", name, text);
     add_unique(name, o->seed, &o->seeds, value);
 }
 
@@ -240,7 +246,8 @@ static int64_t parse_count(const option *o, const char *value)
     errno = 0;
     const long long number = isdigit((unsigned char)*value) ? strtoll(value, &end, 10) : -1;
     if (number < 0 || *end || errno || number < o->low || number > o->high)
-        usage_error("--%s: '%s' is no whole number from %lld to %lld", o->name, value, (long long)o->low, (long long)o->high);
+        usage_error("--%s: '%s' is no whole number from %lld to %lld", o->name, value, (long long)o->low,
+                    (long long)o->high);
     return number;
 }
 
@@ -394,8 +401,8 @@ static void warn_of_restarts(const options *o)
         any = true;
     }
     if (any && !o->quiet)
-        fprintf(stderr, "fashion_sweep: warm restarts: the periods of 10, 20 and 40 %% fill 70 %% of the run; the fourth is cut off "
-                "with the learning rate at %.0f %%\n", 100 * dot_schedule_at(&schedule, total - 1));
+        fprintf(stderr, "fashion_sweep: warm restarts: the periods of 10, 20 and 40 %% leave 30 %% of the run; the fourth "
+                "is cut off there, with the learning rate at %.0f %%\n", 100 * dot_schedule_at(&schedule, total - 1));
 }
 
 /* ---- time --------------------------------------------------------------- */
@@ -490,7 +497,7 @@ static int dry_run(const options *o, const sweep_data *data, const sweep_runs *p
 {
     const sweep_settings *s = &o->settings;
     const double steps = (double)(sweep_batches(s) * s->epochs), trained = (double)(s->samples - s->validation);
-    const double evaluated = (double)(s->test_samples + s->validation) / trained / 3;   /* only forward: a third of a step */
+    const double evaluated = (double)(s->test_samples + s->validation) / trained / 3;   /* forward only */
     double cost[DOT_ALGORITHMS] = {0}, total = 0;
     int left = 0;
     char text[48], when[48];
@@ -505,7 +512,8 @@ static int dry_run(const options *o, const sweep_data *data, const sweep_runs *p
     printf("variants       ");
     for (int v = 0; v < SWEEP_VARIANTS; ++v)
         if (o->chosen[v]) printf("%s ", sweep_variants[v].id);
-    printf("\ngrid           %d learning rates x %d weight decays x %d seed%s\n", o->lrs, o->wds, o->seeds, o->seeds > 1 ? "s" : "");
+    printf("\ngrid           %d learning rates x %d weight decays x %d seed%s\n", o->lrs, o->wds, o->seeds,
+           o->seeds > 1 ? "s" : "");
     printf("runs           %d, of which %d are finished\n", plan->count, plan->count - left);
     printf("a run          %lld epochs of %lld steps, batches of %lld\n", (long long)s->epochs, (long long)sweep_batches(s),
            (long long)s->batch);
@@ -782,8 +790,8 @@ static bool make_folders(const char *folder, char *error, size_t size)
 
 static int say_how_to_resume(const sweep *all, char **argv)
 {
-    fprintf(stderr, "fashion_sweep: %d of %d runs are finished and kept in %s. To go on:\n ", all->finished.count, all->planned,
-            all->log.folder);
+    fprintf(stderr, "fashion_sweep: %d of %d runs are finished and kept in %s. To go on:\n ", all->finished.count,
+            all->planned, all->log.folder);
     for (char **word = argv; *word; ++word)
         if (strcmp(*word, "--no-resume") != 0 && strcmp(*word, "--force") != 0) fprintf(stderr, " %s", *word);
     fprintf(stderr, "\n");
@@ -799,7 +807,8 @@ static int run_sweep(sweep *all, sweep_runs *plan, char **argv)
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
     sweep_runs old = {0};
-    if (!sweep_log_open(&all->log, o->out, &o->settings, all->data, o->resume, o->force, &old, all->error, sizeof all->error) ||
+    if (!sweep_log_open(&all->log, o->out, &o->settings, all->data, o->resume, o->force, &old, all->error,
+                        sizeof all->error) ||
         !make_folders(o->out, all->error, sizeof all->error)) {
         sweep_runs_free(&old);
         return fail(all->error);
@@ -808,7 +817,8 @@ static int run_sweep(sweep *all, sweep_runs *plan, char **argv)
     free(old.run);
     make_tasks(all, plan);
     if (!o->quiet && all->finished.count)
-        fprintf(stderr, "fashion_sweep: %d runs in %s are finished, %d are left\n", all->finished.count, o->out, all->todo.count);
+        fprintf(stderr, "fashion_sweep: %d runs in %s are finished, %d are left\n", all->finished.count, o->out,
+                all->todo.count);
     if (all->todo.count) warn_of_restarts(o);
     run_workers(all);
     if (*all->error || !write_variants(all)) return fail(all->error);
@@ -845,7 +855,8 @@ static int analyze(const char *folder, plot_colormap map)
             good = sweep_say(message, sizeof message, "%s holds results of %g and of %g epochs", folder, first, epochs);
     }
     if (good && !runs.count) good = sweep_say(message, sizeof message, "no results in %s", folder);
-    if (good && !(epochs >= 1 && epochs <= 1e6)) good = sweep_say(message, sizeof message, "%s: no number of epochs", folder);
+    if (good && !(epochs >= 1 && epochs <= 1e6))
+        good = sweep_say(message, sizeof message, "%s: no number of epochs", folder);
     if (good) good = make_folders(folder, message, sizeof message);
     if (good && !error) error = report_runs(&style, folder, &runs, (int)epochs, map);
     const int status = !good ? fail(message) : error ? fail(error) : 0;
@@ -860,8 +871,8 @@ static bool check_samples(const options *o, const sweep_data *data, char *error,
         return sweep_say(error, size, "--samples %lld: the training set has %lld images", (long long)o->settings.samples,
                          (long long)data->train_count);
     if (o->settings.test_samples > data->test_count)
-        return sweep_say(error, size, "--test-samples %lld: the test set has %lld images", (long long)o->settings.test_samples,
-                         (long long)data->test_count);
+        return sweep_say(error, size, "--test-samples %lld: the test set has %lld images",
+                         (long long)o->settings.test_samples, (long long)data->test_count);
     return true;
 }
 

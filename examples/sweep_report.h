@@ -411,8 +411,8 @@ static const char *sweep_draw(plot_style *style, const char *folder, const sweep
         for (int k = 0; k < 3; ++k)
             if (strcmp(v->id, compared[k]) == 0) three[alike++] = all[i];
         snprintf(path, sizeof path, "%s/figures/%s_%s", folder, v->id, v->name);
-        snprintf(ylabel, sizeof ylabel, "%s, to be multiplied by %g",
-                 v->algorithm == DOT_ADAFACTOR || v->algorithm == DOT_ADAMW_FACTORED ? "relative step" : "learning rate", v->base_lr);
+        snprintf(ylabel, sizeof ylabel, "%s, to be multiplied by %g", sweep_factored(v) ? "relative step" : "learning rate",
+                 v->base_lr);
         error = sweep_draw_grids(style, path, &all[i], 1, &labels, ylabel);
     }
     snprintf(path, sizeof path, "%s/figures/comparison", folder);
@@ -446,8 +446,8 @@ static const char *sweep_draw_reconstructions(plot_style *style, const char *fol
         const unsigned char *first = row ? r->snapshot + (size_t)(row - 1) * SWEEP_SHOWN * SWEEP_PIXELS : data->test;
         for (int i = 0; i < shown; ++i) image[row * SWEEP_SHOWN + i] = first + i * SWEEP_PIXELS;
     }
-    snprintf(title, sizeof title, "%s: %s\nmultipliers: learning rate %s, weight decay %s", v->id, v->title, sweep_fraction(r->lr, lr, sizeof lr),
-             sweep_fraction(r->decay, decay, sizeof decay));
+    snprintf(title, sizeof title, "%s: %s\nmultipliers: learning rate %s, weight decay %s", v->id, v->title,
+             sweep_fraction(r->lr, lr, sizeof lr), sweep_fraction(r->decay, decay, sizeof decay));
     snprintf(path, sizeof path, "%s/reconstructions/%s_lr%g_wd%g_seed%llu", folder, v->id, r->lr, r->decay,
              (unsigned long long)r->seed);
     plot_images_options options;

@@ -295,7 +295,8 @@ static bool sweep_settings_equal(const char *folder, const char *text, size_t le
 {
     json_document theirs = {0}, ours = {0};
     bool equal = json_parse(&theirs, text, length) && theirs.nodes[0].type == JSON_OBJECT;
-    if (!equal) sweep_say(error, size, "%s/settings.json is damaged: %s", folder, theirs.error ? theirs.error : "no object");
+    if (!equal)
+        sweep_say(error, size, "%s/settings.json is damaged: %s", folder, theirs.error ? theirs.error : "no object");
     if (equal) json_parse(&ours, mine->text, mine->length);
     for (int i = equal ? ours.nodes[0].child : -1; equal && i >= 0; i = ours.nodes[i].next) {
         char a[40], b[40];
@@ -424,7 +425,8 @@ static bool sweep_log_open(sweep_log *log, const char *folder, const sweep_setti
     char *old = sweep_read_file(settings_path, &length);
     const bool used = old || lseek(log->fd, 0, SEEK_END) > 0;
     if (used && !resume && !force)
-        sweep_say(error, size, "%s already holds results; --no-resume needs an empty folder, or --force to delete them", folder);
+        sweep_say(error, size, "%s already holds results; --no-resume needs an empty folder, or --force to delete them",
+                  folder);
     else if (used && !old && resume)
         sweep_say(error, size, "%s has a runs.jsonl but no settings.json; choose another --out", folder);
     else if (used && !resume) {
@@ -437,9 +439,10 @@ static bool sweep_log_open(sweep_log *log, const char *folder, const sweep_setti
     json_writer w = {0};
     sweep_put_settings(&w, s, data);
     json_append_text(&w, "\n");
-    const bool good = log->fd >= 0 && !*error &&
-        (old ? sweep_settings_equal(folder, old, length, &w, error, size) && sweep_log_read(log, log_path, runs, error, size)
-             : sweep_write_file(folder, "settings.json", &w, error, size));
+    bool good = log->fd >= 0 && !*error;
+    if (good && !old) good = sweep_write_file(folder, "settings.json", &w, error, size);
+    else if (good) good = sweep_settings_equal(folder, old, length, &w, error, size) &&
+                          sweep_log_read(log, log_path, runs, error, size);
     json_free(&w);
     free(old);
     if (!good) sweep_log_close(log);
@@ -447,8 +450,8 @@ static bool sweep_log_open(sweep_log *log, const char *folder, const sweep_setti
 }
 
 /* Reads the finished runs of a folder, if it holds any, and changes nothing. */
-static bool sweep_log_peek(const char *folder, const sweep_settings *s, const sweep_data *data, sweep_runs *runs, char *error,
-                           size_t size)
+static bool sweep_log_peek(const char *folder, const sweep_settings *s, const sweep_data *data, sweep_runs *runs,
+                           char *error, size_t size)
 {
     char log_path[1200], settings_path[1200];
     size_t length = 0, settings_length = 0;
@@ -499,7 +502,7 @@ static void sweep_put_config(json_writer *w, const sweep_settings *s, const swee
     json_put_bool(w, "scale_parameter", factored);
     json_line(w), json_put_string(w, "decay_mode", modes[sweep_decay_mode(s, v)]);
     json_put_number(w, "decay_lr", v->decay == SWEEP_L2 || s->decay == SWEEP_TORCH ? NAN : sweep_decay_lr(v));
-    json_put_string(w, "note", v->note);
+    if (sweep_note(v)) json_put_string(w, "note", sweep_note(v));
     json_close(w, '}');
 }
 

@@ -29,37 +29,29 @@ typedef struct {
     dot_schedule_kind schedule;
     double beta1;           /* of SGD: the momentum */
     double base_lr;         /* of Adafactor: the largest relative step */
-    const char *note;
 } sweep_variant;
 
-#define FIXED    DOT_SCHEDULE_CONSTANT
-#define DROP     DOT_SCHEDULE_STEP_DROP
-#define COSINE   DOT_SCHEDULE_COSINE
-#define RESTARTS DOT_SCHEDULE_WARM_RESTARTS
+#define V(id, name, title, algorithm, decay, schedule, beta1, base_lr) \
+    { id, name, title, DOT_##algorithm, SWEEP_##decay, DOT_SCHEDULE_##schedule, beta1, base_lr }
 static const sweep_variant sweep_variants[] = {
-    { "A1",  "Adam_L2",                   "Adam + L2",                           DOT_ADAM,           SWEEP_L2,         FIXED,    0.9, 1e-3, "" },
-    { "A1c", "Adam_L2_Cosine",            "Adam + L2, cosine",                   DOT_ADAM,           SWEEP_L2,         COSINE,   0.9, 1e-3,
-      "control: differs from A1 in the schedule only, from B3 in the coupling only" },
-    { "A2",  "SGD_L2",                    "SGD + L2",                            DOT_SGD,            SWEEP_L2,         FIXED,    0.9, 0.1,
-      "inferred: the plan counts 15 variants and gives SGD's base learning rate, but does not describe it" },
-    { "B1",  "AdamW_Fixed",               "AdamW",                               DOT_ADAMW,          SWEEP_DECOUPLED,  FIXED,    0.9, 1e-3, "" },
-    { "B2",  "AdamW_StepDrop",            "AdamW, step drop",                    DOT_ADAMW,          SWEEP_DECOUPLED,  DROP,     0.9, 1e-3, "" },
-    { "B3",  "AdamW_Cosine",              "AdamW, cosine",                       DOT_ADAMW,          SWEEP_DECOUPLED,  COSINE,   0.9, 1e-3, "" },
-    { "B4",  "AdamW_WarmRestarts",        "AdamW, warm restarts",                DOT_ADAMW,          SWEEP_DECOUPLED,  RESTARTS, 0.9, 1e-3, "" },
-    { "B5",  "AdamW_Norm_Fixed",          "AdamW, norm. decay",                  DOT_ADAMW,          SWEEP_NORMALIZED, FIXED,    0.9, 1e-3, "" },
-    { "B6",  "AdamW_Norm_StepDrop",       "AdamW, norm. decay, step drop",       DOT_ADAMW,          SWEEP_NORMALIZED, DROP,     0.9, 1e-3, "" },
-    { "B7",  "AdamW_Norm_Cosine",         "AdamW, norm. decay, cosine",          DOT_ADAMW,          SWEEP_NORMALIZED, COSINE,   0.9, 1e-3, "" },
-    { "B8",  "AdamWR",                    "AdamWR: norm. decay, warm restarts",  DOT_ADAMW,          SWEEP_NORMALIZED, RESTARTS, 0.9, 1e-3, "" },
-    { "C1",  "Adafactor",                 "Adafactor",                           DOT_ADAFACTOR,      SWEEP_DECOUPLED,  FIXED,    0.0, 1e-2, "" },
-    { "C2",  "Adafactor_Momentum",        "Adafactor, momentum",                 DOT_ADAFACTOR,      SWEEP_DECOUPLED,  FIXED,    0.9, 1e-2, "" },
-    { "D1",  "Factored_Cosine",           "Factored AdamW, cosine",              DOT_ADAMW_FACTORED, SWEEP_NORMALIZED, COSINE,   0.0, 1e-2, "" },
-    { "D2",  "Factored_WarmRestarts",     "Factored AdamW, warm restarts",       DOT_ADAMW_FACTORED, SWEEP_NORMALIZED, RESTARTS, 0.0, 1e-2, "" },
-    { "D3",  "Factored_WarmRestarts_Mom", "Factored AdamW, restarts, momentum",  DOT_ADAMW_FACTORED, SWEEP_NORMALIZED, RESTARTS, 0.9, 1e-2, "" },
+    V("A1",  "Adam_L2",               "Adam + L2",                          ADAM,           L2,         CONSTANT,      0.9, 1e-3),
+    V("A1c", "Adam_L2_Cosine",        "Adam + L2, cosine",                  ADAM,           L2,         COSINE,        0.9, 1e-3),
+    V("A2",  "SGD_L2",                "SGD + L2",                           SGD,            L2,         CONSTANT,      0.9, 0.1),
+    V("B1",  "AdamW_Fixed",           "AdamW",                              ADAMW,          DECOUPLED,  CONSTANT,      0.9, 1e-3),
+    V("B2",  "AdamW_StepDrop",        "AdamW, step drop",                   ADAMW,          DECOUPLED,  STEP_DROP,     0.9, 1e-3),
+    V("B3",  "AdamW_Cosine",          "AdamW, cosine",                      ADAMW,          DECOUPLED,  COSINE,        0.9, 1e-3),
+    V("B4",  "AdamW_WarmRestarts",    "AdamW, warm restarts",               ADAMW,          DECOUPLED,  WARM_RESTARTS, 0.9, 1e-3),
+    V("B5",  "AdamW_Norm_Fixed",      "AdamW, norm. decay",                 ADAMW,          NORMALIZED, CONSTANT,      0.9, 1e-3),
+    V("B6",  "AdamW_Norm_StepDrop",   "AdamW, norm. decay, step drop",      ADAMW,          NORMALIZED, STEP_DROP,     0.9, 1e-3),
+    V("B7",  "AdamW_Norm_Cosine",     "AdamW, norm. decay, cosine",         ADAMW,          NORMALIZED, COSINE,        0.9, 1e-3),
+    V("B8",  "AdamWR",                "AdamWR: norm. decay, warm restarts", ADAMW,          NORMALIZED, WARM_RESTARTS, 0.9, 1e-3),
+    V("C1",  "Adafactor",             "Adafactor",                          ADAFACTOR,      DECOUPLED,  CONSTANT,      0.0, 1e-2),
+    V("C2",  "Adafactor_Momentum",    "Adafactor, momentum",                ADAFACTOR,      DECOUPLED,  CONSTANT,      0.9, 1e-2),
+    V("D1",  "Factored_Cosine",       "Factored AdamW, cosine",             ADAMW_FACTORED, NORMALIZED, COSINE,        0.0, 1e-2),
+    V("D2",  "Factored_WarmRestarts", "Factored AdamW, warm restarts",      ADAMW_FACTORED, NORMALIZED, WARM_RESTARTS, 0.0, 1e-2),
+    V("D3",  "Factored_Momentum",     "Factored AdamW, restarts, momentum", ADAMW_FACTORED, NORMALIZED, WARM_RESTARTS, 0.9, 1e-2),
 };
-#undef FIXED
-#undef DROP
-#undef COSINE
-#undef RESTARTS
+#undef V
 enum { SWEEP_VARIANTS = sizeof sweep_variants / sizeof *sweep_variants, SWEEP_CONTROL = 1 };
 
 static const double sweep_base_decay = 1e-3;
@@ -75,6 +67,16 @@ static int sweep_find(const char *id)
     for (int i = 0; i < SWEEP_VARIANTS; ++i)
         if (strcmp(sweep_variants[i].id, id) == 0) return i;
     return -1;
+}
+
+/* What must be said about two of them; NULL for the others. */
+static const char *sweep_note(const sweep_variant *v)
+{
+    if (strcmp(v->id, "A1c") == 0)
+        return "control: differs from A1 in the schedule only, from B3 in the coupling only";
+    if (strcmp(v->id, "A2") == 0)
+        return "inferred: the plan counts 15 variants and gives SGD's base learning rate, but does not describe it";
+    return NULL;
 }
 
 /* ---- the settings and the data ------------------------------------------ */
