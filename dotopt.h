@@ -509,8 +509,8 @@ bool dot_optimizer_step(dot_optimizer *optimizer, double multiplier);
 /* Change a hyperparameter of one group and lane (DOT_ALL: of all); group 0 is the default group, then 1, 2, ... */
 typedef enum dot_hyper { DOT_HYPER_LR, DOT_HYPER_WEIGHT_DECAY, DOT_HYPER_BETA1, DOT_HYPER_BETA2, DOT_HYPER_EPS,
                          DOT_HYPER_DECAY_PERIOD, DOT_HYPERS } dot_hyper;
-bool   dot_optimizer_set(dot_optimizer *optimizer, dot_hyper hyper, int group, int lane, double value);
-double dot_optimizer_get(const dot_optimizer *optimizer, dot_hyper hyper, int group, int lane);
+bool   dot_optimizer_set(dot_optimizer *optimizer, dot_hyper which, int group, int lane, double value);
+double dot_optimizer_get(const dot_optimizer *optimizer, dot_hyper which, int group, int lane);
 int64_t dot_optimizer_steps(const dot_optimizer *optimizer);        /* steps taken: t */
 size_t  dot_optimizer_state_bytes(const dot_optimizer *optimizer);  /* of all lanes */
 
@@ -845,7 +845,8 @@ void dot_error_clear(dot_context *ctx)
 
 static void dot__out_of_memory(dot_context *ctx, size_t bytes)
 {
-    dot__fail(ctx, DOT_ERROR_MEMORY, "%s: out of memory (%zu bytes asked for)", ctx->function ? ctx->function : "dot_context_create", bytes);
+    dot__fail(ctx, DOT_ERROR_MEMORY, "%s: out of memory (" DOT__I64 " bytes asked for)", ctx->function ? ctx->function : "dot_context_create",
+              DOT__LL(bytes));
 }
 
 static void *dot__malloc(void *user, size_t bytes) { (void)user; return malloc(bytes); }
@@ -1777,8 +1778,6 @@ typedef struct dot__entropy {       /* cross entropy; backward: dx (+)= dvalue (
     double smoothing;
     dot__array x, labels, value, dx;
 } dot__entropy;
-
-struct dot__update;                 /* the optimizers' jobs: section 9 */
 
 typedef struct dot__backend {
     const char *name;
@@ -5173,8 +5172,8 @@ static bool dot__name_ok(dot_context *ctx, const char *function, const char *nam
 {
     size_t n = name ? strlen(name) : 0;
     if (n > 0 && n < DOT_MAX_NAME && !strchr(name, '.')) return true;
-    dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: name \"%.40s\" of %zu bytes, expected 1 to %d bytes without a point", function,
-              name ? name : "(NULL)", n, DOT_MAX_NAME - 1);
+    dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: name \"%.40s\" of %d bytes, expected 1 to %d bytes without a point", function,
+              name ? name : "(NULL)", n < INT_MAX ? (int)n : INT_MAX, DOT_MAX_NAME - 1);
     return false;
 }
 
@@ -6273,7 +6272,7 @@ struct dot_optimizer {
     bool factored;                          /* Adafactor and the factored AdamW */
     int slots, groups;                      /* groups: with the default group */
     dot__slot *slot;
-    double *hyper;                          /* [group][lane][DOT_HYPERS] */
+    double *hypers;                         /* [group][lane][DOT_HYPERS] */
     double *clip;                           /* [lane]: what the gradients of the next step are multiplied by */
     double multiplier;
     int64_t steps;
@@ -6314,13 +6313,13 @@ static bool dot__option_ok(dot_context *ctx, const char *function, const char *n
     return false;
 }
 
-static bool dot__hyper_ok(dot_context *ctx, const char *function, dot_hyper hyper, double value)
+static bool dot__hyper_ok(dot_context *ctx, const char *function, dot_hyper which, double value)
 {
     static const struct { const char *name; double low, high; bool below; } row[] = {
         { "lr", 0, 1e30, false }, { "weight_decay", 0, 1e30, false }, { "beta1", 0, 1, true }, { "beta2", 0, 1, true },
         { "eps", 0, 1e30, false }, { "decay_period", 1, 1e18, false },
     };
-    return dot__option_ok(ctx, function, row[hyper].name, value, row[hyper].low, row[hyper].high, row[hyper].below);
+    return dot__option_ok(ctx, function, row[which].name, value, row[which].low, row[which].high, row[which].below);
 }
 
 static bool dot__optimizer_options_ok(dot_context *ctx, const dot_optimizer_options *o)
@@ -6419,7 +6418,7 @@ dot_optimizer *dot_optimizer_create(dot_context *ctx, dot_layer *layer, const do
     size_t count = (size_t)dot_layer_parameters(layer), lanes = (size_t)ctx->lanes, groups = (size_t)o.group_count + 1;
     if (!opt || !(opt->slot = (dot__slot *)dot__new(ctx, count * sizeof(dot__slot)))
         || !(opt->active_slot = (dot__slot **)dot__new(ctx, count * sizeof(dot__slot *)))
-        || !(opt->hyper = (double *)dot__new(ctx, groups * lanes * DOT_HYPERS * sizeof(double)))
+        || !(opt->hypers = (double *)dot__new(ctx, groups * lanes * DOT_HYPERS * sizeof(double)))
         || !(opt->clip = (double *)dot__new(ctx, lanes * sizeof(double)))
         || !(opt->norms = (double *)dot__new(ctx, lanes * sizeof(double)))) return NULL;
     opt->ctx = ctx;
@@ -6433,7 +6432,7 @@ dot_optimizer *dot_optimizer_create(dot_context *ctx, dot_layer *layer, const do
         if (!dot__slot_states(opt, &opt->slot[i])) return NULL;
     for (int group = 0; group < opt->groups; ++group)
         for (int lane = 0; lane < ctx->lanes; ++lane) {
-            double *h = opt->hyper + (group * ctx->lanes + lane) * DOT_HYPERS;
+            double *h = opt->hypers + (group * ctx->lanes + lane) * DOT_HYPERS;
             h[DOT_HYPER_LR] = group ? o.groups[group - 1].lr : o.lr;
             h[DOT_HYPER_WEIGHT_DECAY] = group ? o.groups[group - 1].weight_decay : o.weight_decay;
             h[DOT_HYPER_BETA1] = o.beta1;
@@ -6448,35 +6447,35 @@ dot_optimizer *dot_optimizer_create(dot_context *ctx, dot_layer *layer, const do
     return opt;
 }
 
-static bool dot__hyper_index_ok(const dot_optimizer *opt, const char *function, dot_hyper hyper, int group, int lane, bool all)
+static bool dot__hyper_index_ok(const dot_optimizer *opt, const char *function, dot_hyper which, int group, int lane, bool all)
 {
-    if ((unsigned)hyper >= DOT_HYPERS || group < (all ? DOT_ALL : 0) || group >= opt->groups) {
-        dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "%s: hyperparameter %d of group %d, expected DOT_HYPER_... and 0..%d", function, (int)hyper,
+    if ((unsigned)which >= DOT_HYPERS || group < (all ? DOT_ALL : 0) || group >= opt->groups) {
+        dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "%s: hyperparameter %d of group %d, expected DOT_HYPER_... and 0..%d", function, (int)which,
                   group, opt->groups - 1);
         return false;
     }
     return dot__lane_ok(opt->ctx, function, lane, all);
 }
 
-bool dot_optimizer_set(dot_optimizer *opt, dot_hyper hyper, int group, int lane, double value)
+bool dot_optimizer_set(dot_optimizer *opt, dot_hyper which, int group, int lane, double value)
 {
-    if (!opt || !dot_ok(opt->ctx) || !dot__hyper_index_ok(opt, "dot_optimizer_set", hyper, group, lane, true)
-        || !dot__hyper_ok(opt->ctx, "dot_optimizer_set", hyper, value)) return false;
-    if (hyper == DOT_HYPER_BETA1 && value > 0 && opt->options.beta1 == 0) {
+    if (!opt || !dot_ok(opt->ctx) || !dot__hyper_index_ok(opt, "dot_optimizer_set", which, group, lane, true)
+        || !dot__hyper_ok(opt->ctx, "dot_optimizer_set", which, value)) return false;
+    if (which == DOT_HYPER_BETA1 && value > 0 && opt->options.beta1 == 0) {
         dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_optimizer_set: beta1 %g, but the optimizer was created without a first moment", value);
         return false;
     }
     for (int g = 0; g < opt->groups; ++g)
         for (int k = 0; k < opt->ctx->lanes; ++k)
             if ((group == DOT_ALL || group == g) && (lane == DOT_ALL || lane == k))
-                opt->hyper[(g * opt->ctx->lanes + k) * DOT_HYPERS + (int)hyper] = value;
+                opt->hypers[(g * opt->ctx->lanes + k) * DOT_HYPERS + (int)which] = value;
     return true;
 }
 
-double dot_optimizer_get(const dot_optimizer *opt, dot_hyper hyper, int group, int lane)
+double dot_optimizer_get(const dot_optimizer *opt, dot_hyper which, int group, int lane)
 {
-    if (!opt || !dot__hyper_index_ok(opt, "dot_optimizer_get", hyper, group, lane, false)) return (double)NAN;
-    return opt->hyper[(group * opt->ctx->lanes + lane) * DOT_HYPERS + (int)hyper];
+    if (!opt || !dot__hyper_index_ok(opt, "dot_optimizer_get", which, group, lane, false)) return (double)NAN;
+    return opt->hypers[(group * opt->ctx->lanes + lane) * DOT_HYPERS + (int)which];
 }
 
 int64_t dot_optimizer_steps(const dot_optimizer *opt) { return opt ? opt->steps : 0; }
@@ -6585,7 +6584,7 @@ double dot_clip_grad_norm(dot_optimizer *opt, double max_norm)
 
 static const double *dot__hypers(const dot_optimizer *opt, const dot__slot *slot, int lane)
 {
-    return opt->hyper + (slot->group * opt->ctx->lanes + lane) * DOT_HYPERS;
+    return opt->hypers + (slot->group * opt->ctx->lanes + lane) * DOT_HYPERS;
 }
 
 /* What is common to all algorithms: the gradient's scale, and the decay in its four modes. */
@@ -7825,8 +7824,8 @@ static bool dot__items_order(dot_context *ctx, const char *function, const dot_s
     for (int i = 0; i < count; ++i) {
         if (!dot__item_check(ctx, function, &items[i], i, source)) return false;
         if ((total += dot__item_bytes(&items[i])) > DOT__ST_MAX_INTEGER) {
-            dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: %lld bytes up to item %d, expected at most %lld", function, DOT__LL(total), i,
-                      DOT__LL(DOT__ST_MAX_INTEGER));
+            dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: %lld bytes up to item %d, expected at most %lld", function,
+                      DOT__LL(total), i, DOT__LL(DOT__ST_MAX_INTEGER));
             return false;
         }
         order[i].name = items[i].name;
@@ -7918,8 +7917,8 @@ static bool dot__st_write(dot_context *ctx, const char *function, const char *pa
     dot__draft draft;
     ctx->function = function;
     if (!path || count < 0 || (!items && count > 0)) {
-        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: path is %s, items is %s, count %d; expected a path, and as many items as the count",
-                  function, path ? path : "NULL", items ? "given" : "NULL", count);
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: path is %s, items is %s, count %d; expected a path and count items", function,
+                  path ? path : "NULL", items ? "given" : "NULL", count);
         return false;
     }
     dot__item_ref *order = (dot__item_ref *)dot__new(ctx, ((size_t)count + 1) * sizeof *order);
@@ -8541,7 +8540,7 @@ static bool dot__list_training(dot__list *list, void *user)
     list->prefix = "";
     dot__list_add(list, "counters", NULL, DOT_I64, 1, &t->counter_count, NULL, t->counter_count, t->counters, NULL);
     dot__list_add(list, "stopped", NULL, DOT_U8, 1, &lane_count, NULL, lane_count, t->stopped, NULL);
-    dot__list_add(list, "hyperparameters", NULL, DOT_F64, 3, hypers, NULL, hypers[0] * hypers[1] * hypers[2], opt->hyper, NULL);
+    dot__list_add(list, "hyperparameters", NULL, DOT_F64, 3, hypers, NULL, hypers[0] * hypers[1] * hypers[2], opt->hypers, NULL);
     return true;
 }
 

@@ -726,7 +726,7 @@ def make_norms():
 def make_shapes():
     family = Family("shapes")
     for rows, width, shape in ((5, 3, (4,)), (5, 3, (2, 3)), (4, 1, (7,)), (3, 17, (6,)), (6, 16, (2, 2, 2)), (5, 3, (0,)),
-                               (1, 4, (5,)), (3, 2, ()), (9, 33, (12,))):
+                               (1, 4, (5,)), (3, 2, ()), (9, 33, (12,)), (3, 64, (5,)), (4, 150, (2, 3))):
         rng = family.rng()
         indices = np.asarray(rng.randint(0, rows, shape), dtype="int64")
         for shared in ((1,), ()):
