@@ -5297,7 +5297,7 @@ typedef struct dot__torch_walk { const dot__layout *layout; int64_t at[DOT_MAX_R
 static dot__torch_walk dot__torch_begin(const dot__layout *layout)
 {
     dot__torch_walk w;
-    int64_t stored[DOT_MAX_RANK], stride[DOT_MAX_RANK];
+    int64_t stored[DOT_MAX_RANK] = { 0 }, stride[DOT_MAX_RANK] = { 0 };
     memset(&w, 0, sizeof w);
     w.layout = layout;
     for (int i = 0; i < layout->rank; ++i) stored[layout->axis[i]] = layout->shape[i];
