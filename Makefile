@@ -15,7 +15,7 @@ sweep: data $(B)/fashion_sweep ## set up everything, then run the quick optimize
 	$(B)/fashion_sweep --preset quick
 
 test: data cmocka ## set up everything, then build and run all tests
-	-@$(MAKE) -k examples $(TESTS)
+	-@$(MAKE) -k -j$$(nproc 2>/dev/null || echo 2) examples $(TESTS)
 	@tests/run.sh $(EXAMPLES) $(TESTS)
 
 examples: $(EXAMPLES) ## build the examples, each with a single cc line

@@ -272,7 +272,7 @@ typedef struct golden_case {
 static array read_array(dot_safetensors *file, const golden_case *c, const char *what, int slot)
 {
     array a = { 0 };
-    dot_safetensors_entry entry;
+    dot_safetensors_entry entry = { 0 };
     char name[2 * DOT_MAX_NAME];
     if (slot < 0)
         snprintf(name, sizeof name, "%s/%s", c->name, what);
