@@ -925,7 +925,7 @@ static void *dot__step_alloc(dot_context *ctx, size_t bytes)
         dot__out_of_memory(ctx, bytes);
         return NULL;
     }
-    bytes = (bytes + DOT__ALIGN - 1) / DOT__ALIGN * DOT__ALIGN;
+    bytes = (bytes + 2 * DOT__ALIGN - 1) / DOT__ALIGN * DOT__ALIGN;     /* a vector of slack after each array: nobody else writes there */
     dot__arena_block *block = ctx->arena_at;
     size_t used = ctx->arena_used;
     while (block && block->size - used < bytes) { block = block->next; used = 0; }
@@ -8287,7 +8287,7 @@ dot_tensor *dot_batch_labels(dot_dataset *dataset, int64_t batch, int64_t step)
    Both are lists of named arrays in the library's memory; one list serves writing and reading. */
 
 typedef struct dot__stored {
-    char name[DOT_MAX_NAME + 64];
+    char name[DOT_MAX_NAME * 4];
     dot_dtype dtype;
     int rank;
     int64_t shape[DOT_MAX_RANK];
@@ -8413,7 +8413,7 @@ static bool dot__list_match(const dot__list *list, const char *function, dot_saf
     for (int at = 0; at < dot_safetensors_count(file) && dot_safetensors_count(file) != list->count; ++at) {
         dot_safetensors_entry e;
         bool known = false;
-        dot_safetensors_entry_at(file, at, &e);
+        if (!dot_safetensors_entry_at(file, at, &e)) return false;
         for (int i = 0; i < list->count && !known; ++i) known = strcmp(e.name, list->stored[i].name) == 0;
         if (known) continue;
         dot__fail(list->ctx, DOT_ERROR_FORMAT, "%s: %s: tensor \"%.80s\" has no counterpart", function, path, e.name);

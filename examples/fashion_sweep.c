@@ -36,7 +36,7 @@ typedef struct {
 
 static const preset presets[] = {
     { "quick", "all variants on a coarse grid and a part of the data: minutes",
-      "1/16,1/4,1/2,1,2", "0,1/8,1,8,32", 480, -1, 3, 16, true },
+      "1/16,1/4,1/2,1,2", "0,1/8,1,8,32", 360, -1, 3, 16, true },
     { "cpu", "all variants on the whole grid and a part of the data: a night on two cores",
       ALL_LR, ALL_WD, 4800, -1, 10, 32, true },
     { "full", "the plan's 15 x 144 runs of 100 epochs on all 60,000 samples",

@@ -251,9 +251,9 @@ static void sweep_print_loss(int width, double loss)
     else printf(" %*s", width, "-");
 }
 
-static void sweep_print_percent(int width, double share)
+static void sweep_print_percent(int width, int decimals, double share)
 {
-    if (isfinite(share)) printf(" %*.0f %%", width - 2, 100 * share);
+    if (isfinite(share)) printf(" %*.*f %%", width - 2, decimals, 100 * share);
     else printf(" %*s", width, "-");
 }
 
@@ -264,11 +264,11 @@ static void sweep_print_row(const sweep_grid *g)
     sweep_print_loss(8, g->best < 0 ? NAN : g->loss[g->best]);
     sweep_print_loss(8, g->median);
     printf("  %-14s", sweep_cell_text(g, g->best, text, sizeof text));
-    sweep_print_percent(6, g->near);
+    sweep_print_percent(6, 0, g->near);
     sweep_print_loss(10, g->chosen < 0 ? NAN : g->loss[g->chosen]);
-    sweep_print_percent(6, g->share_lr);
-    sweep_print_percent(6, g->share_decay);
-    sweep_print_percent(12, g->interaction);
+    sweep_print_percent(7, 1, g->share_lr);
+    sweep_print_percent(7, 1, g->share_decay);
+    sweep_print_percent(12, 1, g->interaction);
     printf("%s", g->used_rows < g->rows || g->used_cols < g->cols ? " *" : "");
     if (g->diverged) printf("  %d of %d diverged", g->diverged, g->cells);
     printf("\n");
@@ -278,7 +278,7 @@ static void sweep_print_table(const sweep_report *report)
 {
     printf("Test loss (mean squared error) after %d epoch%s; a cell is learning rate x weight decay, as multipliers\n\n",
            report->epochs, report->epochs == 1 ? "" : "s");
-    printf("%-38s %8s %8s  %-14s %6s %10s %6s %6s %12s\n", "", "best", "median", "best cell", "<5 %", "validated", "lr",
+    printf("%-38s %8s %8s  %-14s %6s %10s %7s %7s %12s\n", "", "best", "median", "best cell", "<5 %", "validated", "lr",
            "decay", "interaction");
     for (int i = 0; i < report->count; ++i) sweep_print_row(&report->grid[i]);
     printf("\n"
