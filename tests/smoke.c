@@ -142,6 +142,8 @@ int main(int argc, char **argv)
     check_gradients(records, labels);
 
     problem p = open_problem(DOT_F32, records, labels);
+    if (!p.ctx)
+        return 1;
     double loss = train(&p);
     if (argc > 1)
         check_file(&p, argv[1], records, labels);
