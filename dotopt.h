@@ -5204,6 +5204,9 @@ typedef struct dot__parameter {
     dot__layout layout;
     int rank;                       /* reported */
     int64_t shape[DOT_MAX_RANK];
+    bool draw_default, draw_normal; /* the values are the layer's own first draw; how they were drawn */
+    double draw_scale;
+    uint64_t draw_stream;
 } dot__parameter;
 
 struct dot_layer {
@@ -5506,23 +5509,43 @@ bool dot_zero_grad(dot_layer *layer) { return layer && dot__visit(layer, "", dot
 
 /* ---- initialisation: element i in PyTorch's order is draw i of the parameter's stream ---- */
 
-static void dot__init_random(dot__parameter *p, bool normal, double scale)
+/* Makes the draw, or, with `compare`, says whether the values still are what it made. */
+static bool dot__draw(dot__parameter *p, bool compare)
 {
     dot_context *ctx = p->tensor->ctx;
-    uint64_t stream = DOT__STREAM_INIT + ctx->inits++;
-    double pair[2];
+    double pair[2] = { 0, 0 };
     for (int lane = 0; lane < ctx->lanes; ++lane) {
+        uint64_t seed = ctx->lane_seeds[lane];
         dot__torch_walk w = dot__torch_begin(&p->layout);
+        void *data = dot__at(p->tensor, lane);
         for (int64_t i = 0; i < p->tensor->size; ++i, dot__torch_next(&w)) {
-            double value;
-            if (normal) value = scale * dot_random_normal(ctx->lane_seeds[lane], stream, (uint64_t)i);
-            else {
-                if (i % 2 == 0) dot__random_pair(ctx->lane_seeds[lane], stream, (uint64_t)i / 2, pair);
-                value = scale * (2 * pair[i % 2] - 1);
-            }
-            dot__store(dot__at(p->tensor, lane), p->tensor->dtype, w.offset, value);
+            if (!p->draw_normal && i % 2 == 0) dot__random_pair(seed, p->draw_stream, (uint64_t)i / 2, pair);
+            double value = p->draw_scale * (p->draw_normal ? dot_random_normal(seed, p->draw_stream, (uint64_t)i) : 2 * pair[i % 2] - 1);
+            if (!compare) dot__store(data, p->tensor->dtype, w.offset, value);
+            else if (dot__load(data, p->tensor->dtype, w.offset) != (p->tensor->dtype == DOT_F32 ? (double)(float)value : value))
+                return false;
         }
     }
+    return true;
+}
+
+static void dot__init_random(dot__parameter *p, bool normal, double scale)
+{
+    p->draw_default = false;
+    p->draw_normal = normal;
+    p->draw_scale = scale;
+    p->draw_stream = DOT__STREAM_INIT + p->tensor->ctx->inits++;
+    dot__draw(p, false);
+}
+
+/* C leaves open in which order the arguments of dot_nn_sequential are evaluated, hence in which order its layers drew their
+   first weights. What nobody has changed since is drawn again, in the order of the network. */
+static bool dot__draw_again(void *user, const char *name, dot__parameter *p)
+{
+    (void)user; (void)name;
+    if (!p->draw_default || !dot__draw(p, true)) return true;
+    p->draw_stream = DOT__STREAM_INIT + p->tensor->ctx->inits++;
+    return dot__draw(p, false);
 }
 
 static void dot__init_constant(dot_tensor *t, double value)
@@ -5603,7 +5626,10 @@ static void dot__init_default(dot__parameter *weight, dot__parameter *bias)
     dot__fans(weight, &fan_in, &fan_out);
     double bound = fan_in > 0 ? 1 / sqrt(fan_in) : 0;
     dot__init_random(weight, false, bound);
-    if (bias) dot__init_random(bias, false, bound);
+    weight->draw_default = true;
+    if (!bias) return;
+    dot__init_random(bias, false, bound);
+    bias->draw_default = true;
 }
 
 /* ---- linear ---- */
@@ -5928,6 +5954,7 @@ dot_layer *dot_nn_embedding(dot_context *ctx, int64_t rows, int64_t size)
     if (!w) return dot__layer_abandon(l);
     l->weight = w->tensor;
     dot__init_random(w, true, 1);
+    w->draw_default = true;
     return l;
 }
 
@@ -6026,6 +6053,7 @@ dot_layer *dot_nn_sequential(dot_context *ctx, ...)
         }
         return dot__layer_abandon(sequential);
     }
+    dot__visit(sequential, "", dot__draw_again, NULL);
     return sequential;
 }
 

@@ -683,9 +683,13 @@ static void test_kernel_names(void **state)
     assert_string_equal(dot_kernels(ctx), "portable");
     dot_context_destroy(ctx);
     ctx = dot_context_create(NULL);
-    print_message("kernels: %s, threads: %d\n", dot_kernels(ctx), dot_threads(ctx));
-    const char *kernels = dot_kernels(ctx);
-    assert_true(strcmp(kernels, "portable") == 0 || strcmp(kernels, "avx2") == 0 || strcmp(kernels, "avx512") == 0);
+    static const char *const names[] = { "portable", "avx2", "avx512" };
+    const char *kernels = NULL;
+    for (int i = 0; i < 3; ++i)
+        if (ctx && strcmp(dot_kernels(ctx), names[i]) == 0)
+            kernels = names[i];
+    assert_non_null(kernels);
+    print_message("kernels: %s, threads: %d\n", kernels ? kernels : "", dot_threads(ctx));
     dot_context_destroy(ctx);
 }
 
