@@ -660,6 +660,8 @@ static void test_portable_kernels_agree(void **state)
             trace portable, fast;
             plan p = default_plan(models[m], (dot_algorithm)a);
             p.lanes = 1;
+            p.lr[0] *= 0.1;     /* Adafactor's first updates are nearly signs of the gradient: where it is about zero, rounding
+                                   decides a whole step, which at the full rate says nothing about the kernels */
             run(&p, &fast);
             p.portable = true;
             run(&p, &portable);

@@ -1331,8 +1331,11 @@ static void test_variants(void **state)
 #define AUTOENCODER_F32(id) { "autoencoder " id " float32", test_autoencoder_f32, NULL, NULL, (void *)id }
 #define AUTOENCODER_F64(id) { "autoencoder " id " float64", test_autoencoder_f64, NULL, NULL, (void *)id }
 
-int main(void)
+/* usage: test_training [name with * and ?]: all tests, or those of that name. */
+int main(int argc, char **argv)
 {
+    if (argc > 1)
+        cmocka_set_test_filter(argv[1]);
     static const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_schedules),
         cmocka_unit_test(test_invalid_schedules),
