@@ -9,7 +9,7 @@
    compiler's command line. Build:  cc -O2 program.c -lm -pthread
 
    LIMITS
-     - CPU only in this file (x86-64 with AVX2+FMA is fast; everything else runs portable C).
+     - CPU only in this file (x86-64 with AVX2 or AVX-512 is fast; everything else runs portable C).
      - Dense tensors, up to 8 dimensions, contiguous, 32- and 64-bit floats; no sparse tensors, no int8.
      - One process, one machine; no distributed training.
      - Gradients are first order: the backward pass is not itself recorded.
