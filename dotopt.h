@@ -6946,26 +6946,29 @@ static bool dot__schedule_ok(const dot_schedule *s)
 {
     return s && (unsigned)s->kind <= DOT_SCHEDULE_WARM_RESTARTS && s->total >= 1 && s->floor >= 0 && s->floor <= 1 && s->factor >= 0
         && dot__finite(s->factor) && s->milestone_count >= 0 && s->milestone_count <= 16
-        && (s->kind != DOT_SCHEDULE_WARM_RESTARTS || s->factor >= 1);
+        && (s->kind != DOT_SCHEDULE_WARM_RESTARTS || (s->factor >= 1 && s->factor <= 1e6 && s->factor == floor(s->factor)));
 }
 
 /* The restart period that a step lies in: its beginning and length. Counted with whole numbers, never with a logarithm,
    which errs at the restarts themselves. */
-static int64_t dot__period_of(const dot_schedule *s, int64_t step, int64_t *length)
+/* `exact` is the length of a period that no longer fits a step number. */
+static int64_t dot__period_of(const dot_schedule *s, int64_t step, int64_t *length, double *exact)
 {
-    int64_t begin = 0;
+    int64_t begin = 0, factor = (int64_t)s->factor;
     *length = s->total;
-    if (s->factor == 1) return step / s->total * s->total;
-    while (step - begin >= *length && *length < INT64_MAX / 4096) {
+    *exact = (double)s->total;
+    if (factor == 1) return step / s->total * s->total;
+    while (step - begin >= *length) {
         begin += *length;
-        *length = (int64_t)((double)*length * s->factor);
+        *exact = (double)*length * (double)factor;
+        *length = *length > INT64_MAX / factor ? INT64_MAX : *length * factor;
     }
     return begin;
 }
 
-static double dot__cosine(int64_t step, int64_t total, double floor_)
+static double dot__cosine(int64_t step, double total, double floor_)
 {
-    double p = step >= total ? 1 : (double)step / (double)total;
+    double p = (double)step >= total ? 1 : (double)step / total;
     return floor_ + (1 - floor_) * 0.5 * (1 + cos(3.14159265358979323846 * p));
 }
 
@@ -6973,7 +6976,7 @@ double dot_schedule_at(const dot_schedule *s, int64_t step)
 {
     if (!dot__schedule_ok(s)) return (double)NAN;
     if (step < 0) step = 0;
-    double value = 1;
+    double value = 1, exact;
     int64_t length, begin;
     switch (s->kind) {
     case DOT_SCHEDULE_STEP_DROP:
@@ -6981,10 +6984,10 @@ double dot_schedule_at(const dot_schedule *s, int64_t step)
             if (step >= s->milestones[i]) value *= s->factor;
         return value;
     case DOT_SCHEDULE_COSINE:
-        return dot__cosine(step, s->total, s->floor);
+        return dot__cosine(step, (double)s->total, s->floor);
     case DOT_SCHEDULE_WARM_RESTARTS:
-        begin = dot__period_of(s, step, &length);
-        return dot__cosine(step - begin, length, s->floor);
+        begin = dot__period_of(s, step, &length, &exact);
+        return dot__cosine(step - begin, exact, s->floor);
     default:
         return 1;
     }
@@ -6993,8 +6996,9 @@ double dot_schedule_at(const dot_schedule *s, int64_t step)
 int64_t dot_schedule_period(const dot_schedule *s, int64_t step, int64_t total)
 {
     int64_t length;
+    double exact;
     if (!dot__schedule_ok(s) || s->kind != DOT_SCHEDULE_WARM_RESTARTS) return total;
-    dot__period_of(s, step < 0 ? 0 : step, &length);
+    dot__period_of(s, step < 0 ? 0 : step, &length, &exact);
     return length;
 }
 

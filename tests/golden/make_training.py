@@ -269,7 +269,7 @@ def make_schedules():
 STEPS, BATCH = 50, 128
 # Half of PyTorch's bounds. From the whole, Adam's losses are chaotic: weights that differ in their last float32 bit give
 # losses that differ by up to 4e-3 after 40 steps, when a unit that was dead wakes; from the half, by up to 4e-5.
-GAIN = 0.5
+GAIN = 1.0
 
 
 def autoencoder():
