@@ -773,7 +773,7 @@ static void test_lanes(void **state)
 
 enum { STEPS = 50, BATCH = 128,
        STEPS_F64 = 12 };    /* float64 runs the portable kernels: twelve steps hold a restart and are seconds, not minutes */
-#define GAIN 1.0
+#define GAIN 0.25    /* why so small: see golden/make_training.py */
 
 static dot_layer *autoencoder(dot_context *ctx)
 {
@@ -823,11 +823,9 @@ static void train_autoencoder(const char *id, dot_dtype dtype, int steps, double
     dot_context_destroy(ctx);
 }
 
-/* Training amplifies rounding: after fifty steps PyTorch's own float32 is up to 3.9e-4 from its float64, so that the later losses
-   cannot be compared to 1e-4 with these first weights. The first eight can, of every variant; the figure for all fifty is printed. */
-enum { STEPS_F32 = 8 };
-
-/* In float32 the losses agree with PyTorch's float32, where there is one, or else with the double-precision reference. */
+/* In float32 the losses agree with PyTorch's, in float32 or float64, where it has the rule, or else with the double-precision
+   reference. PyTorch's own two part by 3e-4 in B3, when rounding decides the sign of a gradient of almost nothing and Adam
+   makes a whole step of it: which of the two a processor's order of summation follows is open, that it follows one is not. */
 static void test_autoencoder_f32(void **state)
 {
     const char *id = (const char *)*state, *single = join("autoencoder.", id, ".f32");
@@ -839,9 +837,8 @@ static void test_autoencoder_f32(void **state)
     print_message("# autoencoder %s float32: %.2e from float64, %.2e from PyTorch's float32, which is %.2e from float64\n", id,
                   largest_relative(losses, exact, STEPS), torch32 ? largest_relative(losses, torch32, STEPS) : NAN,
                   torch32 ? largest_relative(torch32, exact, STEPS) : NAN);
-    print_message("# autoencoder %s float32: %.2e over the first %d steps\n", id,
-                  largest_relative(losses, torch32 ? torch32 : exact, STEPS_F32), STEPS_F32);
-    bool good = agree(join(id, " float32", ""), losses, torch32 ? torch32 : exact, NULL, STEPS_F32, 1e-4, 0);
+    bool single_is_nearer = torch32 && largest_relative(losses, torch32, STEPS) < largest_relative(losses, exact, STEPS);
+    bool good = agree(join(id, " float32", ""), losses, single_is_nearer ? torch32 : exact, NULL, STEPS, 1e-4, 0);
     free(torch32);
     free(exact);
     assert_true(good);
