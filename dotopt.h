@@ -431,17 +431,97 @@ dot_tensor *dot_cross_entropy_loss(dot_tensor *logits, dot_tensor *labels, doubl
 
 /* ==== [9 optimizers] =============================================================================== */
 
-/* The list of optimizers: X(constant, name, description, paper). The enum, the names, the defaults, the tests and the command
-   lines of the examples all read this list. */
+/* The list of optimizers: X(constant, name, rule, description, source, defaults...). `rule` is a row of the implementation's table
+   DOT__RULES (or another family); `defaults` are assignments to the options o, where they differ from DOT_HYPERPARAMETERS.
+   The enum, the names, the defaults, the tests and the tables of the examples all read this list. The formulas stand, one a row,
+   at DOT__RULES. */
 #define DOT_OPTIMIZERS(X) \
-    X(DOT_SGD,            "sgd",            "SGD with momentum, dampening, Nesterov",   "Sutskever et al. 2013; torch.optim.SGD") \
-    X(DOT_ADAM,           "adam",           "Adam, weight decay as L2 by default",      "Kingma, Ba 2015; torch.optim.Adam") \
-    X(DOT_ADAMW,          "adamw",          "Adam with decoupled weight decay",         "Loshchilov, Hutter 2019; torch.optim.AdamW") \
-    X(DOT_ADAFACTOR,      "adafactor",      "factored second moment, relative step",    "Shazeer, Stern 2018") \
-    X(DOT_ADAMW_FACTORED, "adamw-factored", "Adafactor's moments and clipping with AdamW's schedule and decay", "this library")
+    X(DOT_SGD, "sgd", SGD, "gradient descent", "torch.optim.SGD", o.lr = 1e-3, o.beta1 = 0, o.decay = DOT_DECAY_L2) \
+    X(DOT_MOMENTUM, "momentum", SGD, "SGD with momentum", "Polyak 1964; torch.optim.SGD", o.lr = 1e-3, o.decay = DOT_DECAY_L2) \
+    X(DOT_NESTEROV, "nesterov", SGD, "SGD with Nesterov's momentum", "Sutskever et al. 2013; torch.optim.SGD", \
+      o.lr = 1e-3, o.nesterov = true, o.decay = DOT_DECAY_L2) \
+    X(DOT_ADAM, "adam", ADAM, "Adam, weight decay as L2 by default", "Kingma, Ba 2015; torch.optim.Adam", o.lr = 1e-3, o.decay = DOT_DECAY_L2) \
+    X(DOT_ADAMW, "adamw", ADAM, "Adam with decoupled weight decay", "Loshchilov, Hutter 2019; torch.optim.AdamW", \
+      o.lr = 1e-3, o.weight_decay = 1e-2) \
+    X(DOT_ADAFACTOR, "adafactor", FACTORED, "factored second moment, relative step", "Shazeer, Stern 2018", \
+      o.lr = 1e-2, o.beta1 = 0, o.relative_step = true) \
+    X(DOT_ADAMW_FACTORED, "adamw-factored", FACTORED, "Adafactor's moments and clipping with AdamW's schedule and decay", "this library", \
+      o.lr = 1e-2, o.beta1 = 0) \
+    X(DOT_ADAGRAD, "adagrad", ADAGRAD, "steps by the sum of squares", "Duchi et al. 2011; torch.optim.Adagrad", \
+      o.lr = 1e-2, o.eps = 1e-10, o.beta1 = 0, o.decay = DOT_DECAY_L2) \
+    X(DOT_RMSPROP, "rmsprop", RMSPROP, "steps by the mean of squares", "Tieleman, Hinton 2012; torch.optim.RMSprop", \
+      o.lr = 1e-2, o.beta1 = 0, o.beta2 = 0.99, o.decay = DOT_DECAY_L2) \
+    X(DOT_AMSGRAD, "amsgrad", AMSGRAD, "Adam with the maximum of the second moment", "Reddi et al. 2018; torch.optim.Adam", \
+      o.lr = 1e-3, o.decay = DOT_DECAY_L2) \
+    X(DOT_ADAMAX, "adamax", ADAMAX, "Adam with the infinity norm", "Kingma, Ba 2015; torch.optim.Adamax", \
+      o.lr = 2e-3, o.decay = DOT_DECAY_L2) \
+    X(DOT_ADAMAXW, "adamaxw", ADAMAX, "Adamax with decoupled weight decay", "optax.adamaxw", o.lr = 2e-3, o.weight_decay = 1e-2) \
+    X(DOT_NADAM, "nadam", NADAM, "Adam with Nesterov's momentum", "Dozat 2016; torch.optim.NAdam", o.lr = 2e-3, o.decay = DOT_DECAY_L2) \
+    X(DOT_NADAMW, "nadamw", NADAM, "NAdam with decoupled weight decay", "optax.nadamw", \
+      o.lr = 2e-3, o.weight_decay = 1e-2, o.dialect = DOT_DIALECT_OPTAX) \
+    X(DOT_RADAM, "radam", RADAM, "Adam, rectified while its variance is unknown", "Liu et al. 2020; torch.optim.RAdam", \
+      o.lr = 1e-3, o.decay = DOT_DECAY_L2) \
+    X(DOT_LION, "lion", LION, "sign of an interpolated momentum", "Chen et al. 2023", o.lr = 1e-4, o.beta2 = 0.99) \
+    X(DOT_ADADELTA, "adadelta", ADADELTA, "steps by the ratio of two means", "Zeiler 2012; torch.optim.Adadelta", \
+      o.lr = 1, o.beta2 = 0.9, o.eps = 1e-6, o.decay = DOT_DECAY_L2) \
+    X(DOT_ASGD, "asgd", ASGD, "averaged SGD", "Polyak, Juditsky 1992; torch.optim.ASGD", \
+      o.lr = 1e-2, o.alpha = 0.75, o.decay = DOT_DECAY_L2) \
+    X(DOT_RPROP, "rprop", RPROP, "a step size for each sign run; full batches", "Riedmiller, Braun 1993; torch.optim.Rprop", \
+      o.lr = 1e-2, o.decay = DOT_DECAY_L2) \
+    X(DOT_ADABELIEF, "adabelief", ADABELIEF, "Adam by the variance around the momentum", "Zhuang et al. 2020", o.lr = 1e-3, o.eps = 1e-16) \
+    X(DOT_ADAN, "adan", ADAN, "Nesterov's momentum from gradient differences", "Xie et al. 2022", \
+      o.lr = 1e-3, o.beta1 = 0.98, o.beta2 = 0.92, o.beta3 = 0.99, o.decay = DOT_DECAY_PROX) \
+    X(DOT_LAMB, "lamb", LAMB, "Adam with a trust ratio per tensor", "You et al. 2020", o.lr = 1e-3, o.eps = 1e-6, o.weight_decay = 1e-2) \
+    X(DOT_LARS, "lars", LARS, "momentum with a trust ratio per tensor", "You et al. 2017", o.lr = 1) \
+    X(DOT_NOVOGRAD, "novograd", NOVOGRAD, "second moment per tensor", "Ginsburg et al. 2019; optax.novograd", o.lr = 1e-3, o.beta2 = 0.25, o.eps = 1e-6) \
+    X(DOT_YOGI, "yogi", YOGI, "Adam with an additive second moment", "Zaheer et al. 2018", \
+      o.lr = 1e-2, o.eps = 1e-3, o.initial = 1e-6, o.decay = DOT_DECAY_L2) \
+    X(DOT_FROMAGE, "fromage", FROMAGE, "steps relative to the norm of each tensor", "Bernstein et al. 2020", o.lr = 1e-2) \
+    X(DOT_SIGN_SGD, "sign-sgd", SIGN_SGD, "sign of the gradient", "Bernstein et al. 2018", o.lr = 1e-3) \
+    X(DOT_SIGNUM, "signum", SIGNUM, "sign of the momentum", "Bernstein et al. 2018", o.lr = 1e-3) \
+    X(DOT_TIGER, "tiger", SIGNUM, "sign of the momentum, decoupled decay", "Su 2023", o.lr = 1e-3, o.beta1 = 0.965) \
+    X(DOT_NOISY_SGD, "noisy-sgd", NOISY_SGD, "SGD with decaying Gaussian noise", "Neelakantan et al. 2015; optax.noisy_sgd", \
+      o.lr = 1e-3, o.gamma = 0.55, o.decay = DOT_DECAY_L2) \
+    X(DOT_POLYAK_SGD, "polyak-sgd", POLYAK_SGD, "the step from the loss and its lower bound", "Polyak 1969; optax.polyak_sgd", \
+      o.lr = 1, o.eps = 0, o.decay = DOT_DECAY_L2) \
+    X(DOT_PRODIGY, "prodigy", PRODIGY, "Adam that estimates its own learning rate", "Mishchenko, Defazio 2023", o.lr = 1, o.beta3 = 0) \
+    X(DOT_DADAPT_ADAM, "dadapt-adam", DADAPT_ADAM, "Adam that estimates its own learning rate", "Defazio, Mishchenko 2023", o.lr = 1) \
+    X(DOT_DOG, "dog", DOG, "distance over gradients: no learning rate", "Ivgi et al. 2023", o.lr = 1, o.decay = DOT_DECAY_L2) \
+    X(DOT_DOWG, "dowg", DOWG, "weighted distance over gradients", "Khaled et al. 2023", o.lr = 1, o.r_eps = 1e-4, o.decay = DOT_DECAY_L2) \
+    X(DOT_MOMO, "momo", MOMO, "momentum with the step from a model of the loss", "Schaipp et al. 2023", \
+      o.lr = 1, o.decay = DOT_DECAY_PROX) \
+    X(DOT_MOMO_ADAM, "momo-adam", MOMO_ADAM, "Adam with the step from a model of the loss", "Schaipp et al. 2023", \
+      o.lr = 1e-2, o.decay = DOT_DECAY_PROX) \
+    X(DOT_OPTIMISTIC_ADAM, "optimistic-adam", OPTIMISTIC_ADAM, "Adam with an optimistic step, for games", "Daskalakis et al. 2017; optax", \
+      o.lr = 1e-3, o.gamma = 1) \
+    X(DOT_COCOB, "cocob", COCOB, "coin betting: no learning rate", "Orabona, Tommasi 2017; optax.contrib.cocob", o.lr = 1, o.alpha = 100) \
+    X(DOT_SWATS, "swats", SWATS, "Adam that turns into SGD", "Keskar, Socher 2017", o.lr = 1e-3, o.eps = 1e-9, o.decay = DOT_DECAY_L2) \
+    X(DOT_MADGRAD, "madgrad", MADGRAD, "dual averaging with a cube root", "Defazio, Jelassi 2021", \
+      o.lr = 1e-2, o.eps = 1e-6, o.decay = DOT_DECAY_L2) \
+    X(DOT_ACPROP, "acprop", ACPROP, "centred second moment of the step before", "Zhuang et al. 2021", o.lr = 1e-3, o.eps = 1e-16) \
+    X(DOT_ADOPT, "adopt", ADOPT, "Adam that converges for any beta2", "Taniguchi et al. 2024", \
+      o.lr = 1e-3, o.beta2 = 0.9999, o.eps = 1e-6, o.decay = DOT_DECAY_L2) \
+    X(DOT_ADEMAMIX, "ademamix", ADEMAMIX, "Adam with a second, slow momentum", "Pagliardini et al. 2024", o.lr = 1e-3, o.beta3 = 0.9999, o.alpha = 5) \
+    X(DOT_MARS, "mars", MARS, "AdamW with variance reduction", "Yuan et al. 2024", o.lr = 3e-3, o.beta1 = 0.95, o.beta2 = 0.99, o.gamma = 0.025) \
+    X(DOT_SCHEDULE_FREE_SGD, "schedule-free-sgd", SCHEDULE_FREE_SGD, "SGD with averaging in place of a schedule", "Defazio et al. 2024", \
+      o.lr = 1) \
+    X(DOT_SCHEDULE_FREE_ADAMW, "schedule-free-adamw", SCHEDULE_FREE_ADAMW, "AdamW with averaging in place of a schedule", \
+      "Defazio et al. 2024", o.lr = 2.5e-3) \
+    X(DOT_STABLE_ADAMW, "stable-adamw", STABLE_ADAMW, "AdamW with update clipping", "Wortsman et al. 2023", o.lr = 1e-3, o.beta2 = 0.99) \
+    X(DOT_ADABOUND, "adabound", ADABOUND, "Adam with bounds that close in on SGD", "Luo et al. 2019", \
+      o.lr = 1e-3, o.gamma = 1e-3, o.decay = DOT_DECAY_L2) \
+    X(DOT_LAPROP, "laprop", LAPROP, "momentum of normalised gradients", "Ziyin et al. 2020", o.lr = 4e-4, o.eps = 1e-15) \
+    X(DOT_QHM, "qhm", QHM, "quasi-hyperbolic momentum", "Ma, Yarats 2019", o.lr = 1, o.beta1 = 0.999, o.nu = 0.7, o.decay = DOT_DECAY_L2) \
+    X(DOT_QHADAM, "qhadam", QHADAM, "quasi-hyperbolic Adam", "Ma, Yarats 2019", o.lr = 1e-3, o.nu1 = 0.7, o.decay = DOT_DECAY_L2) \
+    X(DOT_AGGMO, "aggmo", AGGMO, "the mean of three momenta", "Lucas et al. 2019", o.lr = 0.1, o.beta2 = 0.99, o.decay = DOT_DECAY_L2) \
+    X(DOT_PNM, "pnm", PNM, "positive-negative momentum", "Xie et al. 2021", o.lr = 1e-3, o.alpha = 1, o.decay = DOT_DECAY_L2) \
+    X(DOT_DIFFGRAD, "diffgrad", DIFFGRAD, "Adam slowed where the gradient is steady", "Dubey et al. 2020", o.lr = 1e-3, o.decay = DOT_DECAY_L2) \
+    X(DOT_GRAMS, "grams", GRAMS, "Adam's size, the gradient's sign", "Cao et al. 2024", o.lr = 1e-3) \
+    X(DOT_ADAM_ATAN2, "adam-atan2", ADAM_ATAN2, "Adam without eps", "Everett et al. 2024", o.lr = 1e-3) \
+    X(DOT_CUSTOM, "custom", CUSTOM, "a rule of your own: dot_rule", "-", o.lr = 1e-3)
 
 typedef enum dot_algorithm {
-#define DOT__ENUM(constant, name, description, paper) constant,
+#define DOT__ENUM(constant, name, rule, description, source, ...) constant,
     DOT_OPTIMIZERS(DOT__ENUM)
 #undef DOT__ENUM
     DOT_ALGORITHMS
@@ -452,13 +532,112 @@ const char *dot_algorithm_description(dot_algorithm algorithm);
 const char *dot_algorithm_paper(dot_algorithm algorithm);
 bool        dot_algorithm_find(const char *name, dot_algorithm *algorithm);
 
-/* Where the weight decay lambda goes; eta is the schedule's multiplier, lr the base learning rate. */
+/* The numbers of an optimizer: X(constant, field, default, least, greatest, meaning). Each is a field of dot_optimizer_options, may
+   differ by group and lane, and may be changed, hence scheduled, at any step (dot_optimizer_set). A rule reads those it names. */
+#define DOT__BELOW_1 0.99999999999999989
+#define DOT_HYPERPARAMETERS(X) \
+    X(DOT_HYPER_LR,              lr,              1e-3,  0, 1e30, "learning rate; Adafactor: largest relative step") \
+    X(DOT_HYPER_WEIGHT_DECAY,    weight_decay,    0,     0, 1e30, "lambda; where it goes: dot_decay") \
+    X(DOT_HYPER_BETA1,           beta1,           0.9,   0, DOT__BELOW_1, "decay of the first moment; SGD, RMSprop, LARS: the momentum") \
+    X(DOT_HYPER_BETA2,           beta2,           0.999, 0, DOT__BELOW_1, "decay of the second moment; AggMo: of the third momentum") \
+    X(DOT_HYPER_BETA3,           beta3,           0.99,  0, DOT__BELOW_1, "Adan; AdEMAMix: of the slow momentum; Prodigy: 0 is sqrt(beta2)") \
+    X(DOT_HYPER_EPS,             eps,             1e-8,  0, 1e30, "keeps denominators from 0") \
+    X(DOT_HYPER_DECAY_LR,        decay_lr,        1,     0, 1e30, "what stands where lr would (DOT_DECAY_SCHEDULED, _NORMALIZED)") \
+    X(DOT_HYPER_DECAY_PERIOD,    decay_period,    1,     1, 1e18, "steps in the run or restart period (DOT_DECAY_NORMALIZED)") \
+    X(DOT_HYPER_DAMPENING,       dampening,       0,     0, 1,    "SGD: momentum takes (1 - dampening) g") \
+    X(DOT_HYPER_LR_DECAY,        lr_decay,        0,     0, 1e30, "AdaGrad: lr / (1 + (t-1) lr_decay)") \
+    X(DOT_HYPER_INITIAL,         initial,         0,     0, 1e30, "AdaGrad, Yogi: first value of the second moment") \
+    X(DOT_HYPER_MOMENTUM_DECAY,  momentum_decay,  4e-3,  0, 1e3,  "NAdam: psi of the momentum schedule") \
+    X(DOT_HYPER_RHO,             rho,             0.04,  0, 1e30, "Sophia-G: scale of the curvature") \
+    X(DOT_HYPER_BATCH,           batch,           1,     1, 1e18, "Sophia-G: examples (times tokens) in a batch") \
+    X(DOT_HYPER_GAMMA,           gamma,           0.01,  0, 1e30, "Sophia-H, MARS: scale; AdaBound: closing speed; noise: its decay") \
+    X(DOT_HYPER_ALPHA,           alpha,           1,     0, 1e30, "AdEMAMix, PNM: weight of the other momentum; ASGD: power of lr's decay") \
+    X(DOT_HYPER_WARMUP,          warmup,          0,     0, 1e18, "AdEMAMix: steps in which alpha and beta3 grow") \
+    X(DOT_HYPER_ETA,             eta,             0.01,  0, 1e30, "noisy SGD: variance of the noise at the first step") \
+    X(DOT_HYPER_NU,              nu,              0.7,   0, 1,    "QHM: share of the momentum") \
+    X(DOT_HYPER_NU1,             nu1,             0.7,   0, 1,    "QHAdam: share of the first moment") \
+    X(DOT_HYPER_NU2,             nu2,             1,     0, 1,    "QHAdam: share of the second moment") \
+    X(DOT_HYPER_LAMBD,           lambd,           1e-4,  0, 1e30, "ASGD: decay") \
+    X(DOT_HYPER_T0,              t0,              1e6,   0, 1e18, "ASGD: averaging starts here") \
+    X(DOT_HYPER_ETA_MINUS,       eta_minus,       0.5,   0, 1,    "Rprop: factor of a step size whose sign changed") \
+    X(DOT_HYPER_ETA_PLUS,        eta_plus,        1.2,   1, 1e3,  "Rprop: factor of a step size whose sign stayed") \
+    X(DOT_HYPER_STEP_MIN,        step_min,        1e-6,  0, 1e30, "Rprop") \
+    X(DOT_HYPER_STEP_MAX,        step_max,        50,    0, 1e30, "Rprop") \
+    X(DOT_HYPER_TRUST,           trust,           1e-3,  0, 1e30, "LARS: trust coefficient") \
+    X(DOT_HYPER_D0,              d0,              1e-6,  1e-300, 1e30, "Prodigy, D-Adaptation: first estimate of the distance") \
+    X(DOT_HYPER_D_COEF,          d_coef,          1,     0, 1e30, "Prodigy: factor of the estimate") \
+    X(DOT_HYPER_R_EPS,           r_eps,           1e-6,  1e-300, 1e30, "DoG, DoWG: first distance") \
+    X(DOT_HYPER_LOWER_BOUND,     lower_bound,     0, -1e30, 1e30, "Polyak, MoMo: the least that the loss can be") \
+    X(DOT_HYPER_R,               r,               0,     0, 1e3,  "schedule-free: power of the step in the weights") \
+    X(DOT_HYPER_WEIGHT_LR_POWER, weight_lr_power, 2,     0, 1e3,  "schedule-free: power of the largest lr in the weights") \
+    X(DOT_HYPER_FINAL_LR,        final_lr,        0.1,   0, 1e30, "AdaBound: the SGD learning rate it ends in") \
+    X(DOT_HYPER_DELTA,           delta,           0.1,   0, 1,    "AdamP, SGDP: cosine below which the radial part is removed") \
+    X(DOT_HYPER_WD_RATIO,        wd_ratio,        0.1,   0, 1,    "AdamP, SGDP: decay's factor where it is") \
+    X(DOT_HYPER_BETA2_EXPONENT,  beta2_exponent,  0.8,   0, 1e3,  "Adafactor: beta2_t = 1 - t^-beta2_exponent") \
+    X(DOT_HYPER_EPS1,            eps1,            1e-30, 0, 1e30, "Adafactor: added to g^2") \
+    X(DOT_HYPER_EPS2,            eps2,            1e-3,  0, 1e30, "Adafactor: least scale of a parameter") \
+    X(DOT_HYPER_CLIP_THRESHOLD,  clip_threshold,  1, 1e-30, 1e30, "Adafactor: RMS that an update is clipped to")
+
+typedef enum dot_hyper {
+#define DOT__ENUM(constant, field, value, least, greatest, meaning) constant,
+    DOT_HYPERPARAMETERS(DOT__ENUM)
+#undef DOT__ENUM
+    DOT_HYPERS
+} dot_hyper;
+
+/* Where the weight decay lambda goes; eta is the schedule's multiplier, lr the base learning rate. All but DOT_DECAY_L2 are
+   decoupled; they are applied before the update, DOT_DECAY_PROX after it. */
 typedef enum dot_decay {
     DOT_DECAY_L2,           /* gradient += lambda theta, before the moments             torch Adam, SGD */
     DOT_DECAY_LR,           /* theta *= 1 - eta lr lambda                               torch AdamW */
     DOT_DECAY_SCHEDULED,    /* theta *= 1 - eta decay_lr lambda: free of lr             Loshchilov, Hutter 2019, alg. 2 */
-    DOT_DECAY_NORMALIZED    /* the same with lambda / sqrt(decay_period)                ibid., appendix B.1, AdamWR */
+    DOT_DECAY_NORMALIZED,   /* the same with lambda / sqrt(decay_period)                ibid., appendix B.1, AdamWR */
+    DOT_DECAY_CORRECTED,    /* theta *= 1 - eta^2 lr lambda                             Defazio 2025, AdamC */
+    DOT_DECAY_CAUTIOUS,     /* theta *= 1 - eta lr lambda where the update shrinks it   Chen et al. 2025 */
+    DOT_DECAY_PROX,         /* theta /= 1 + eta lr lambda, after the update             Xie et al. 2022, Adan */
+    DOT_DECAY_FIXED         /* theta *= 1 - lambda                                      AdaBelief's fixed_decay */
 } dot_decay;
+
+/* Whose version of a rule; the default is PyTorch's where it has the rule, else the authors'. A rule without a dialect of
+   that name refuses it. */
+typedef enum dot_dialect {
+    DOT_DIALECT_DEFAULT,
+    DOT_DIALECT_OPTAX,          /* AMSGrad, NAdam, RAdam, LARS */
+    DOT_DIALECT_PAPER,          /* AMSGrad: no bias correction */
+    DOT_DIALECT_OFFICIAL,       /* RAdam: no step at all before it can be rectified */
+    DOT_DIALECT_TF,             /* RMSprop: v starts at 1, eps under the root, lr inside the momentum */
+    DOT_DIALECT_INSIDE,         /* AdaGrad: eps under the root */
+    DOT_DIALECT_MLCOMMONS,      /* NAdam */
+    DOT_DIALECTS
+} dot_dialect;
+const char *dot_dialect_name(dot_dialect dialect);      /* "optax"; NULL when out of range */
+
+/* How the state is kept between steps; it is float (or double) while a step computes. Elementwise rules only. */
+typedef enum dot_state_precision {
+    DOT_STATE_FULL,             /* as the parameters: 4 (8) bytes an element */
+    DOT_STATE_BF16,             /* bfloat16 with stochastic rounding: 2 bytes */
+    DOT_STATE_BF16_KAHAN,       /* bfloat16 and its rounding error, also bfloat16: 4 bytes, 16 bits of precision */
+    DOT_STATE_8BIT              /* blocks of 256 share a scale (Dettmers et al. 2022): 1 + 4/256 bytes */
+} dot_state_precision;
+
+/* An optimizer of your own (DOT_CUSTOM): `update` is called for ranges of elements, from several threads at once, and changes theta and
+   the states in place; `first` is the range's first element. Its states start at 0, are saved in checkpoints, and are cut into lanes. */
+#define DOT_MAX_STATES 5
+typedef struct dot_rule_range {
+    dot_dtype dtype;            /* DOT_F32 or DOT_F64: of all arrays below */
+    void *theta;
+    const void *gradient;       /* times gradient_scale, plus l2 theta, is the gradient to use */
+    void *state[DOT_MAX_STATES];
+    int64_t first, count, step; /* step: 1, 2, ... of this parameter */
+    int lane;
+    double lr, gradient_scale, l2, keep;    /* lr times the multiplier; keep: theta is to be multiplied by it (decay) */
+} dot_rule_range;
+typedef struct dot_rule {
+    const char *name;
+    int states;                 /* 0..DOT_MAX_STATES arrays of the parameter's size */
+    void (*update)(void *user, const dot_rule_range *range);
+    void *user;
+} dot_rule;
 
 typedef struct dot_parameter_group {
     const char *pattern;    /* names it takes, with * and ?, or NULL: none by name; copied */
@@ -469,48 +648,51 @@ typedef struct dot_parameter_group {
 typedef struct dot_optimizer_options {
     uint32_t magic;             /* set by dot_optimizer_defaults */
     dot_algorithm algorithm;
-    double lr;                  /* SGD, Adam, AdamW 1e-3; Adafactor and factored AdamW 1e-2: the largest relative step */
-    double weight_decay;        /* lambda; AdamW 1e-2, else 0 */
-    dot_decay decay;            /* SGD, Adam: DOT_DECAY_L2, else DOT_DECAY_LR */
-    double decay_lr;            /* 1; DOT_DECAY_SCHEDULED and _NORMALIZED: what stands where lr would */
-    double decay_period;        /* 1; DOT_DECAY_NORMALIZED: steps in the run, or in the present restart period */
-    double beta1;               /* Adam 0.9; SGD: the momentum, 0; Adafactor: the first moment's decay, 0 for none */
-    double beta2;               /* Adam 0.999 */
-    double eps;                 /* Adam 1e-8 */
-    double dampening;           /* SGD 0 */
-    bool nesterov;              /* SGD false */
+    dot_decay decay;            /* DOT_DECAY_LR, or as DOT_OPTIMIZERS says */
+    dot_dialect dialect;        /* DOT_DIALECT_DEFAULT */
+    dot_state_precision state;  /* DOT_STATE_FULL */
+    bool nesterov;              /* SGD; needs momentum and no dampening; false */
+    bool centered;              /* RMSprop: by the variance instead of the square; false */
+    bool rectify;               /* AdaBelief: as RAdam; false */
+    bool amsbound;              /* AdaBound: the maximum of the second moment; false */
     bool relative_step;         /* Adafactor: step min(lr, 1/sqrt(t)) instead of lr; true; factored AdamW: false */
     bool scale_parameter;       /* Adafactor: times max(eps2, RMS(theta)); true */
-    double beta2_exponent;      /* Adafactor: beta2_t = 1 - t^-0.8; 0.8 */
-    double eps1, eps2;          /* Adafactor: 1e-30, 1e-3 */
-    double clip_threshold;      /* Adafactor: update clipped to this RMS; 1 */
     bool maximize;              /* false */
+    bool cautious;              /* any elementwise rule: only where update and gradient agree in sign, the others made up for by the
+                                   share of those that do (Liang et al. 2024); false */
+    const dot_rule *rule;       /* DOT_CUSTOM only; must outlive the optimizer */
     const dot_parameter_group *groups;  /* a parameter belongs to the first group that takes it by name or kind; */
-    int group_count;                    /* else to the default group, with the lr and weight_decay above. NULL, 0 */
+    int group_count;                    /* else to the default group, with the lr and weight_decay below. NULL, 0 */
+#define DOT__FIELD(constant, field, value, least, greatest, meaning) double field;
+    DOT_HYPERPARAMETERS(DOT__FIELD)     /* double lr, weight_decay, beta1, beta2, ...: see there */
+#undef DOT__FIELD
 } dot_optimizer_options;
 dot_optimizer_options dot_optimizer_defaults(dot_algorithm algorithm);
 
 typedef struct dot_optimizer dot_optimizer;
 
-/* An optimizer over all trainable parameters of `layer`. State: SGD n (momentum only), Adam 2n, Adafactor about
-   rows + columns of each matrix (a tensor is factored as [out, rest]) and n with beta1, all in the parameters' type. */
+/* An optimizer over all trainable parameters of `layer`. */
 dot_optimizer *dot_optimizer_create(dot_context *ctx, dot_layer *layer, const dot_optimizer_options *options);
 
-/* One update of every parameter that has a gradient, with the learning rate times `multiplier` (a schedule's
-   value, 1 for none); then the gradients are forgotten. The rules, with g the gradient (clipped, plus L2), t = 1, 2, ...:
-     SGD        b = beta1 b + (1 - dampening) g (first step: b = g); g = nesterov ? g + beta1 b : b; theta -= lr g
-     Adam(W)    m += (1-beta1)(g - m); v = beta2 v + (1-beta2) g^2; theta -= lr/(1-beta1^t) m / (sqrt(v/(1-beta2^t)) + eps)
-     Adafactor  R, C: means over columns and rows of g^2 + eps1, decayed by beta2_t; V = R C / mean(R); U = g / sqrt(V);
-                U /= max(1, RMS(U)/clip_threshold); a = max(eps2, RMS(theta)) min(lr, 1/sqrt(t)) multiplier;
-                beta1: m = beta1 m + (1-beta1) a U, theta -= m; else theta -= a U. Vectors and scalars keep V whole.
-   Decoupled decay is applied to theta before the update. */
+/* The bytes of state that dot_optimizer_create would allocate for the layer, in all lanes; allocates nothing. */
+size_t dot_optimizer_bytes(dot_layer *layer, const dot_optimizer_options *options);
+
+/* One update of every parameter that has a gradient, with the learning rate times `multiplier` (a schedule's value, 1 for none);
+   then the gradients are forgotten. With g the gradient (clipped, its sign turned by `maximize`, plus lambda theta for
+   DOT_DECAY_L2), t = 1, 2, ... counted by each parameter, the rule gives a direction d: theta = theta (1 - decay) - d. */
 bool dot_optimizer_step(dot_optimizer *optimizer, double multiplier);
 
+/* Tells the loss of the step to the rules that need it (Polyak, MoMo): a scalar tensor, before dot_optimizer_step. */
+bool dot_optimizer_loss(dot_optimizer *optimizer, const dot_tensor *loss);
+
+/* Schedule-free rules train at one point and are evaluated at another: `on` puts the averaged point into the parameters, false puts the
+   training point back (exactly). Steps are refused in between. No effect on other rules. */
+bool dot_optimizer_averaged(dot_optimizer *optimizer, bool on);
+
 /* Change a hyperparameter of one group and lane (DOT_ALL: of all); group 0 is the default group, then 1, 2, ... */
-typedef enum dot_hyper { DOT_HYPER_LR, DOT_HYPER_WEIGHT_DECAY, DOT_HYPER_BETA1, DOT_HYPER_BETA2, DOT_HYPER_EPS,
-                         DOT_HYPER_DECAY_PERIOD, DOT_HYPERS } dot_hyper;
 bool   dot_optimizer_set(dot_optimizer *optimizer, dot_hyper which, int group, int lane, double value);
 double dot_optimizer_get(const dot_optimizer *optimizer, dot_hyper which, int group, int lane);
+const char *dot_hyper_name(dot_hyper which);                        /* "lr"; NULL when out of range */
 int64_t dot_optimizer_steps(const dot_optimizer *optimizer);        /* steps taken: t */
 size_t  dot_optimizer_state_bytes(const dot_optimizer *optimizer);  /* of all lanes */
 
@@ -1244,6 +1426,8 @@ bool dot_lane_active(const dot_context *ctx, int lane)
 #define DOT__STREAM_INIT    ((uint64_t)1 << 56)     /* + number of the parameter */
 #define DOT__STREAM_DROPOUT ((uint64_t)2 << 56)     /* + step << 16 + number of the dropout in the step */
 #define DOT__STREAM_SHUFFLE ((uint64_t)3 << 56)     /* + epoch */
+#define DOT__STREAM_STATE   ((uint64_t)4 << 56)     /* + parameter << 40 + state << 38 + its step: stochastic rounding */
+#define DOT__STREAM_NOISE   ((uint64_t)5 << 56)     /* + parameter << 40 + its step: noisy SGD */
 
 void dot_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
 {
@@ -6193,9 +6377,9 @@ dot_tensor *dot_cross_entropy_loss(dot_tensor *logits, dot_tensor *labels, doubl
 
 /* ==== [9 optimizers] =============================================================================== */
 
-#define DOT__NAME_ROW(constant, name, description, paper) name,
-#define DOT__DESCRIPTION_ROW(constant, name, description, paper) description,
-#define DOT__PAPER_ROW(constant, name, description, paper) paper,
+#define DOT__NAME_ROW(constant, name, rule, description, source, ...) name,
+#define DOT__DESCRIPTION_ROW(constant, name, rule, description, source, ...) description,
+#define DOT__SOURCE_ROW(constant, name, rule, description, source, ...) source,
 
 const char *dot_algorithm_name(dot_algorithm a)
 {
@@ -6211,7 +6395,7 @@ const char *dot_algorithm_description(dot_algorithm a)
 
 const char *dot_algorithm_paper(dot_algorithm a)
 {
-    static const char *const papers[] = { DOT_OPTIMIZERS(DOT__PAPER_ROW) };
+    static const char *const papers[] = { DOT_OPTIMIZERS(DOT__SOURCE_ROW) };
     return (unsigned)a < DOT_ALGORITHMS ? papers[a] : NULL;
 }
 
@@ -6225,120 +6409,604 @@ bool dot_algorithm_find(const char *name, dot_algorithm *algorithm)
     return false;
 }
 
+const char *dot_dialect_name(dot_dialect dialect)
+{
+    static const char *const names[] = { "default", "optax", "paper", "official", "tf", "inside", "mlcommons" };
+    return (unsigned)dialect < DOT_DIALECTS ? names[dialect] : NULL;
+}
+
+/* ---- hyperparameters: a struct of doubles, and the same as a table ---- */
+
+typedef struct dot__numbers {
+#define DOT__FIELD(constant, field, value, least, greatest, meaning) double field;
+    DOT_HYPERPARAMETERS(DOT__FIELD)
+#undef DOT__FIELD
+} dot__numbers;
+
+typedef struct dot__hyper_row { const char *name; size_t of_options, of_numbers; double value, least, greatest; } dot__hyper_row;
+static const dot__hyper_row dot__hyper_rows[] = {
+#define DOT__ROW(constant, field, value, least, greatest, meaning) \
+    { #field, offsetof(dot_optimizer_options, field), offsetof(dot__numbers, field), value, least, greatest },
+    DOT_HYPERPARAMETERS(DOT__ROW)
+#undef DOT__ROW
+};
+
+static double *dot__number(dot__numbers *numbers, int which) { return (double *)(void *)((char *)numbers + dot__hyper_rows[which].of_numbers); }
+static double *dot__option(dot_optimizer_options *o, int which) { return (double *)(void *)((char *)o + dot__hyper_rows[which].of_options); }
+
+const char *dot_hyper_name(dot_hyper which) { return (unsigned)which < DOT_HYPERS ? dot__hyper_rows[which].name : NULL; }
+
+dot_optimizer_options dot_optimizer_defaults(dot_algorithm algorithm)
+{
+    dot_optimizer_options o;
+    memset(&o, 0, sizeof o);
+    for (int i = 0; i < DOT_HYPERS; ++i) *dot__option(&o, i) = dot__hyper_rows[i].value;
+    o.magic = DOT__MAGIC_OPTIMIZER;
+    o.algorithm = algorithm;
+    o.decay = DOT_DECAY_LR;
+    o.scale_parameter = true;
+    switch (algorithm) {
+#define DOT__CASE(constant, name, rule, description, source, ...) case constant: (void)(__VA_ARGS__); break;
+    DOT_OPTIMIZERS(DOT__CASE)
+#undef DOT__CASE
+    default: break;
+    }
+    return o;
+}
+
 /* ---- elementwise rules ----
-   What a rule needs, worked out in double once for each parameter and lane. */
+   What a rule computes with, worked out in double once for each parameter, lane and step. */
+#define DOT__SCALARS(X) \
+    X(gradient) X(l2)                   /* g = gradient g + l2 theta: clipping, maximize, L2 */ \
+    X(keep) X(after) X(cautious_decay)  /* theta = after (keep theta - d) - cautious_decay theta where d theta >= 0 */ \
+    X(caution)                          /* d *= caution where d g > 0, else 0; 0: off */ \
+    X(lr) X(wd)                         /* the step's learning rate; lambda, of rules that place it themselves */ \
+    X(beta1) X(beta2) X(beta3) X(a1) X(a2) X(a3)        /* a = 1 - beta */ \
+    X(step1) X(root2) X(eps)            /* lr / (1 - beta1^t); 1 / sqrt(1 - beta2^t) */ \
+    X(first)                            /* 1 at t = 1, else 0 */ \
+    X(k0) X(k1) X(k2) X(k3) X(k4) X(k5) /* the rule's own */
+
+#define DOT__SUMS 4
+#define DOT__ABOVE_5 5.000000000000001  /* PyTorch: rectified above 5, others: from 5 on */
+
 typedef struct dot__scalars {
-    double gradient, l2;            /* g = gradient * g + l2 * theta: clipping, maximize, L2 */
-    double keep;                    /* theta *= keep: decoupled decay */
-    double step;                    /* what the direction is multiplied by */
-    double b1, c1, b2, c2;          /* decay of a moment, and what is added */
-    double n0, n1;                  /* direction = n0 g + n1 momentum: Nesterov or not */
-    double root, eps;               /* denominator = root sqrt(v) + eps */
+#define DOT__FIELD(name) double name;
+    DOT__SCALARS(DOT__FIELD)
+#undef DOT__FIELD
+    double sum[DOT__SUMS];              /* what the rule measured, over the parameter or over all of them */
 } dot__scalars;
 
-/* X(name, states, rule). A rule changes the moments s0, s1 and sets d, the direction; theta = keep theta - step d. It is
-   written with operators alone, so that one text serves scalars and vectors; ROOT is the square root. */
+/* What a rule's scalars come from. `m` is the parameter's own memory between steps, `all` that of its group; both start at 0. */
+typedef struct dot__preparation {
+    const dot__numbers *o;
+    const dot_optimizer_options *f;
+    double t, n, *m, *all, loss;
+    bool first, final;                  /* final: the sums are known; a rule that measures is prepared twice a step */
+} dot__preparation;
+
+/* RAdam's rectification (Liu et al. 2020, algorithm 2): 0 while the length of the average is below `threshold`. */
+static double dot__rectification(double beta2, double t, double threshold)
+{
+    double limit = 2 / (1 - beta2) - 1, power = pow(beta2, t), rho = limit - 2 * t * power / (1 - power);
+    return rho < threshold ? 0 : sqrt((rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho));
+}
+
+/* The decay whose half-life lies a share `a` of the way from that of `from` to that of `to` (AdEMAMix's warm-up of beta3). */
+static double dot__half_life_between(double from, double to, double a)
+{
+    double f = log(0.5) / log(from + 1e-8) - 1, g = log(0.5) / log(to + 1e-8) - 1;
+    return pow(0.5, 1 / ((1 - a) * f + a * g + 1));
+}
+
+/* X(rule, states, names, prepare, rule, measure): an optimizer is a row.
+     states   bits: which of s0..s4 it keeps (an expression of the options f)
+     names    of the states in files: PyTorch's where it has them
+     prepare  sets h->k0..k5 in double, from the scalars h, the numbers o, the options f, t, m, all; {} for none
+     rule     changes s0..s4 and sets d, what is subtracted from theta. Operators and the functions ROOT, CBRT, EXP, ATAN2, ABS, SIGN,
+              MAX(x, least), MIN(x, most), IF_POSITIVE(x, then, else) alone, so that one text serves scalars and vectors
+     measure  q0..q2, of which the sums are h->sum[] in the final preparation; OVER_ALL rules: over all parameters. {} for none */
 #define DOT__RULES(X) \
-    X(SGD,      0, d = g) \
-    X(MOMENTUM, 1, s0 = b1 * s0 + c1 * g; d = n0 * g + n1 * s0) \
-    X(ADAM,     2, s0 = s0 + c1 * (g - s0); s1 = b2 * s1 + c2 * g * g; d = s0 / (root * ROOT(s1) + eps))
+    X(SGD, f->beta1 > 0, "momentum_buffer", \
+      { h->k0 = first ? 0 : o->beta1; h->k1 = first ? 1 : 1 - o->dampening; /* PyTorch: the buffer begins as g, undampened */ \
+        h->k2 = f->nesterov; h->k3 = f->nesterov ? o->beta1 : 1; }, \
+      s0 = k0 * s0 + k1 * g; d = lr * (k2 * g + k3 * s0), {}) \
+    X(ADAM, 3, "exp_avg,exp_avg_sq", {}, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; d = step1 * s0 / (root2 * ROOT(s1) + eps), {}) \
+    X(AMSGRAD, 7, "exp_avg,exp_avg_sq,max_exp_avg_sq", \
+      { bool paper = f->dialect == DOT_DIALECT_PAPER; bool optax = f->dialect == DOT_DIALECT_OPTAX; \
+        h->k0 = optax ? h->root2 * h->root2 : 1; h->k1 = paper || optax ? 1 : h->root2; h->k2 = paper ? h->lr : h->step1; }, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; s2 = MAX(k0 * s1, s2); d = k2 * s0 / (k1 * ROOT(s2) + eps), {}) \
+    X(ADAGRAD, 1, "sum", \
+      { bool inside = f->dialect == DOT_DIALECT_INSIDE; \
+        h->k0 = h->lr / (1 + (t - 1) * o->lr_decay); h->k1 = first ? o->initial : 0; h->k2 = inside ? o->eps : 0; \
+        h->k3 = inside ? 0 : o->eps; }, \
+      s0 = s0 + k1 + g * g; d = k0 * g / (ROOT(s0 + k2) + k3), {}) \
+    X(RMSPROP, 1 | (f->centered ? 2 : 0) | (f->beta1 > 0 ? 4 : 0), "square_avg,grad_avg,momentum_buffer", \
+      { bool tf = f->dialect == DOT_DIALECT_TF; \
+        h->k0 = tf && first ? o->beta2 : 0; h->k1 = f->centered; h->k2 = tf ? o->eps : 0; h->k3 = tf ? 0 : o->eps; \
+        h->k4 = tf ? h->lr : 1; h->k5 = tf ? 1 : h->lr; }, \
+      s0 = beta2 * s0 + k0 + a2 * g * g; s1 = beta2 * s1 + a2 * g; \
+      s2 = beta1 * s2 + k4 * g / (ROOT(MAX(s0 - k1 * s1 * s1, 0) + k2) + k3); d = k5 * s2, {}) \
+    X(ADAMAX, 3, "exp_avg,exp_inf", {}, \
+      s0 = s0 + a1 * (g - s0); s1 = MAX(ABS(g) + eps, beta2 * s1); d = step1 * s0 / s1, {}) \
+    X(NADAM, 3, "exp_avg,exp_avg_sq", \
+      { double mu = o->beta1 * (1 - 0.5 * pow(0.96, t * o->momentum_decay)); \
+        double next = o->beta1 * (1 - 0.5 * pow(0.96, (t + 1) * o->momentum_decay)); \
+        double bc1 = 1 - pow(o->beta1, t); double product = m[0] = mu * (first ? 1 : m[0]); \
+        bool torch = f->dialect == DOT_DIALECT_DEFAULT; bool optax = f->dialect == DOT_DIALECT_OPTAX; \
+        h->k0 = h->lr * (torch ? (1 - mu) / (1 - product) : (1 - o->beta1) / bc1); \
+        h->k1 = h->lr * (torch ? next / (1 - product * next) : o->beta1 / (optax ? 1 - pow(o->beta1, t + 1) : bc1)); }, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; d = (k0 * g + k1 * s0) / (root2 * ROOT(s1) + eps), {}) \
+    X(RADAM, 3, "exp_avg,exp_avg_sq", \
+      { bool torch = f->dialect == DOT_DIALECT_DEFAULT; bool official = f->dialect == DOT_DIALECT_OFFICIAL; \
+        double r = dot__rectification(o->beta2, t, torch ? DOT__ABOVE_5 : 5); double root = official || torch ? h->root2 : 1; \
+        h->k0 = h->step1 * r / root; h->k1 = r == 0 ? 0 : official || torch ? 1 : h->root2; h->k2 = r == 0 ? 1 : o->eps; \
+        h->k3 = r == 0 && !official ? h->step1 : 0; \
+        if (r == 0 && official) h->keep = h->after = 1; }, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; d = s0 * (k0 / (k1 * ROOT(s1) + k2) + k3), {}) \
+    X(LION, 1, "exp_avg", {}, d = lr * SIGN(beta1 * s0 + a1 * g); s0 = beta2 * s0 + a2 * g, {}) \
+    X(SIGN_SGD, 0, "", {}, d = lr * SIGN(g), {}) \
+    X(SIGNUM, 1, "exp_avg", {}, s0 = beta1 * s0 + a1 * g; d = lr * SIGN(s0), {}) \
+    X(NOISY_SGD, 0, "", {}, d = lr * g, {}) \
+    X(ADADELTA, 3, "square_avg,acc_delta", {}, \
+      s0 = beta2 * s0 + a2 * g * g; d = ROOT(s1 + eps) / ROOT(s0 + eps) * g; s1 = beta2 * s1 + a2 * d * d; d = lr * d, {}) \
+    X(ASGD, 1, "ax", \
+      { double eta = first ? h->lr : m[0]; h->k0 = eta; h->k1 = first ? 1 : m[1]; h->keep *= 1 - o->lambd * eta; h->k2 = h->keep; \
+        m[0] = h->lr / pow(1 + o->lambd * h->lr * t, o->alpha); m[1] = 1 / (t - o->t0 > 1 ? t - o->t0 : 1); }, \
+      d = k0 * g; s0 = s0 + k1 * (k2 * theta - d - s0), {}) \
+    X(RPROP, 3, "prev,step_size", { h->k0 = first ? h->lr : 0; h->k1 = o->eta_minus; h->k2 = o->eta_plus; h->k3 = o->step_min; \
+                                    h->k4 = o->step_max; }, \
+      d = g * s0; s1 = (s1 + k0) * IF_POSITIVE(d, k2, IF_POSITIVE(-d, k1, 1)); s1 = MIN(MAX(s1, k3), k4); \
+      s0 = IF_POSITIVE(-d, 0 * g, g); d = SIGN(s0) * s1, {}) \
+    X(ADABELIEF, 3, "exp_avg,exp_avg_var", \
+      { double r = f->rectify ? dot__rectification(o->beta2, t, 5) : 1; \
+        h->k0 = r > 0 ? h->step1 * r : 0; h->k1 = r > 0 ? h->root2 : 0; h->k2 = r > 0 ? o->eps : 1; h->k3 = r > 0 ? 0 : h->step1; \
+        if (f->rectify && r > 0) { h->k0 /= h->root2; h->k1 = 1; } }, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * (g - s0) * (g - s0) + eps; d = s0 * (k0 / (k1 * ROOT(s1) + k2) + k3), {}) \
+    X(ADAN, 15, "exp_avg,exp_avg_diff,exp_avg_sq,previous_grad", \
+      { h->k0 = h->step1; h->k1 = h->lr * o->beta2 / (1 - pow(o->beta2, t)); h->k2 = 1 / sqrt(1 - pow(o->beta3, t)); \
+        h->k3 = first ? 0 : 1; }, \
+      d = k3 * (g - s3); s3 = g; s0 = s0 + a1 * (g - s0); s1 = s1 + a2 * (d - s1); d = g + beta2 * d; \
+      s2 = beta3 * s2 + a3 * d * d; d = (k0 * s0 + k1 * s1) / (k2 * ROOT(s2) + eps), {}) \
+    X(LAMB, 3 | PER_TENSOR, "exp_avg,exp_avg_sq", \
+      { h->k0 = 1 / (1 - pow(o->beta1, t)); h->k1 = final && h->sum[0] > 0 && h->sum[1] > 0 ? h->lr * sqrt(h->sum[0] / h->sum[1]) : h->lr; \
+        h->k1 = final ? h->k1 : 1; h->keep = 1; h->wd = o->weight_decay; }, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; d = k1 * (k0 * s0 / (root2 * ROOT(s1) + eps) + wd * theta), \
+      { q0 = theta * theta; q1 = d * d; }) \
+    X(LARS, 1 | PER_TENSOR, "momentum_buffer", \
+      { bool optax = f->dialect == DOT_DIALECT_OPTAX; double w = sqrt(h->sum[0]); double gradient = sqrt(h->sum[optax ? 2 : 1]); \
+        double ratio = o->trust * w / (gradient + (optax ? 0 : o->weight_decay * w) + o->eps); \
+        if (w == 0 || gradient == 0) ratio = 1; \
+        h->k0 = optax ? h->lr * ratio : ratio; h->k1 = optax ? 1 : h->lr; h->keep = 1; h->wd = o->weight_decay; }, \
+      s0 = beta1 * s0 + k0 * (g + wd * theta); d = k1 * s0, \
+      { q0 = theta * theta; q1 = g * g; q2 = (g + wd * theta) * (g + wd * theta); }) \
+    X(NOVOGRAD, 1 | PER_TENSOR, "exp_avg", \
+      { if (final) m[0] = first ? h->sum[0] : o->beta2 * m[0] + (1 - o->beta2) * h->sum[0]; \
+        h->k0 = 1 / (sqrt(m[0]) + o->eps); h->keep = 1; h->wd = o->weight_decay; }, \
+      s0 = beta1 * s0 + (k0 * g + wd * theta); d = lr * s0, { q0 = g * g; }) \
+    X(YOGI, 3, "exp_avg,exp_avg_sq", { h->k0 = first ? o->initial : 0; }, \
+      s0 = s0 + a1 * (g - s0); s1 = s1 + k0; s1 = s1 - a2 * SIGN(s1 - g * g) * g * g; d = step1 * s0 / (root2 * ROOT(s1) + eps), {}) \
+    X(FROMAGE, 0 | PER_TENSOR, "", \
+      { h->k0 = h->sum[0] > 0 && h->sum[1] > 0 ? h->lr * sqrt(h->sum[0] / h->sum[1]) : h->lr; h->after /= sqrt(1 + h->lr * h->lr); }, \
+      d = k0 * g, { q0 = theta * theta; q1 = g * g; }) \
+    X(POLYAK_SGD, OVER_ALL, "", { h->k0 = all[0]; }, d = k0 * g, { q0 = g * g; }) \
+    X(OPTIMISTIC_ADAM, 7, "exp_avg,exp_avg_sq,previous_update", \
+      { h->k0 = h->lr * (1 - o->beta1) / (1 - pow(o->beta1, t)); h->k1 = h->lr * o->beta1 / (1 - pow(o->beta1, t + 1)); \
+        h->k2 = o->alpha + (first ? 0 : o->gamma); h->k3 = first ? 0 : o->gamma; h->k4 = h->lr; h->k5 = h->lr > 0 ? 1 / h->lr : 0; }, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; q3 = k5 * (k0 * g + k1 * s0) / (root2 * ROOT(s1) + eps); \
+      d = k4 * (k2 * q3 - k3 * s2); s2 = q3, {}) \
+    X(COCOB, 31, "largest,sum_abs,reward,theta_sum,first_theta", { h->k0 = first ? o->eps : 0; h->k1 = o->alpha; }, \
+      s4 = s4 + first * theta; s0 = MAX(s0 + k0, ABS(g)); s1 = s1 + ABS(g); s2 = MAX(s2 - g * (theta - s4), 0); s3 = s3 - g; \
+      d = theta - s4 - s3 / (s0 * MAX(s1 + s0, k1 * s0)) * (s0 + s2), {}) \
+    X(SWATS, 3 | PER_TENSOR, "exp_avg,exp_avg_sq", \
+      { bool sgd = m[1] > 0; h->k0 = sgd ? h->lr / o->lr * (1 - o->beta1) * m[1] : h->step1 / h->root2; \
+        h->k1 = sgd ? 0 : 1; h->k2 = sgd ? 1 : o->eps; h->k3 = !sgd || m[2] > 0 ? o->beta1 : 0; h->k4 = sgd ? 1 : h->a1; \
+        if (final && sgd) m[2] += 1; \
+        if (final && !sgd && h->sum[1] != 0) { \
+            double rate = h->sum[0] / h->sum[1] * (h->lr > 0 ? o->lr / h->lr : 0); m[0] = o->beta2 * m[0] + (1 - o->beta2) * rate; \
+            double mean = m[0] / (1 - pow(o->beta2, t)); \
+            if (t > 1 && mean > 0 && fabs(mean - rate) < o->eps) m[1] = mean; \
+        } }, \
+      s0 = k3 * s0 + k4 * g; s1 = beta2 * s1 + a2 * g * g; d = k0 * s0 / (k1 * ROOT(s1) + k2), { q0 = d * d; q1 = d * g; }) \
+    X(PRODIGY, 15 | OVER_ALL, "exp_avg,exp_avg_sq,s,p0", \
+      { double rate = all[3] * h->lr; if (!final) rate = all[0] * h->lr; \
+        h->beta3 = o->beta3 > 0 ? o->beta3 : sqrt(o->beta2); \
+        double d0 = final ? all[3] : all[0]; h->k0 = d0 * h->a1; h->k1 = d0 * d0 * h->a2; h->k2 = d0 / o->d0 * rate; h->k3 = rate; \
+        h->k4 = all[0] * o->eps; h->k5 = first; \
+        h->keep = f->decay == DOT_DECAY_LR ? 1 - rate * o->weight_decay : h->keep; \
+        if (final && all[4] == 0) { h->k3 = 0; h->keep = 1; } }, \
+      s3 = s3 + k5 * theta; s0 = beta1 * s0 + k0 * g; s1 = beta2 * s1 + k1 * g * g; s2 = beta3 * s2 + k2 * g; \
+      d = k3 * s0 / (ROOT(s1) + k4 + IF_POSITIVE(k3, 0 * g, 1)), { q0 = k2 * g * (s3 - theta); q1 = ABS(s2); }) \
+    X(DADAPT_ADAM, 7 | OVER_ALL, "exp_avg,exp_avg_sq,s", \
+      { double rate = (final ? all[3] : all[0]) * h->lr; \
+        h->beta3 = sqrt(o->beta2); h->a3 = 1 - h->beta3; h->k0 = rate * h->a1; h->k1 = rate * h->a3; h->k2 = rate; \
+        h->keep = f->decay == DOT_DECAY_LR ? 1 - rate * o->weight_decay : h->keep; \
+        h->k3 = 1; if (final && all[4] == 0) { h->k3 = 0; h->keep = 1; } }, \
+      d = k2 * g * s2 / (ROOT(s1) + eps); s0 = beta1 * s0 + k0 * g; s1 = beta2 * s1 + a2 * g * g; s2 = beta3 * s2 + k1 * g; \
+      q3 = d; d = k3 * s0 / (ROOT(s1) + eps), { q0 = q3; q1 = ABS(s2); }) \
+    X(DOG, 1 | OVER_ALL, "first_theta", { h->k0 = h->lr * all[1]; }, s0 = s0 + first * theta; d = k0 * g, \
+      { q0 = (theta - s0) * (theta - s0); q1 = g * g; q2 = s0 * s0; }) \
+    X(DOWG, 1 | OVER_ALL, "first_theta", { h->k0 = h->lr * all[1]; }, s0 = s0 + first * theta; d = k0 * g, \
+      { q0 = (theta - s0) * (theta - s0); q1 = g * g; q2 = s0 * s0; }) \
+    X(MOMO, 1 | OVER_ALL, "exp_avg", { h->k0 = first ? 0 : o->beta1; h->k1 = first ? 1 : h->a1; h->k2 = all[0]; }, \
+      s0 = k0 * s0 + k1 * g; d = k2 * s0, { q0 = s0 * s0; q1 = s0 * theta; q2 = g * theta; }) \
+    X(MOMO_ADAM, 3 | OVER_ALL, "exp_avg,exp_avg_sq", { h->k0 = all[0]; }, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; q3 = s0 / (root2 * ROOT(s1) + eps); d = k0 * q3, \
+      { q0 = s0 * q3; q1 = s0 * theta; q2 = g * theta; }) \
+    X(MADGRAD, 7, "grad_sum_sq,s,x0", { h->k0 = (h->lr + o->eps) * sqrt(t); h->k1 = 1 - o->beta1; }, \
+      s2 = s2 + first * theta; s0 = s0 + k0 * g * g; s1 = s1 + k0 * g; \
+      d = CBRT(s0) + eps; d = k1 * (theta - s2 + s1 / (d + IF_POSITIVE(d, 0 * d, 1))), {}) \
+    X(ACPROP, 3, "exp_avg,exp_avg_var", \
+      { h->k0 = first ? 1 : 0; h->k1 = first ? 0 : 1 / sqrt(1 - pow(o->beta2, t - 1)); }, \
+      d = lr * g / (k1 * ROOT(s1) + k0 + eps); s1 = beta2 * s1 + a2 * (g - s0) * (g - s0) + eps; s0 = s0 + a1 * (g - s0), {}) \
+    X(ADOPT, 3, "exp_avg,exp_avg_sq", \
+      { h->k0 = first ? 1 : h->a2; h->k1 = first ? 0 : h->a1; h->k2 = first ? 0 : h->lr; h->k3 = pow(t - 1, 0.25); \
+        if (first) h->keep = 1; }, \
+      d = MIN(MAX(g / MAX(ROOT(s1), eps), -k3), k3); s0 = s0 + k1 * (d - s0); s1 = beta2 * s1 + k0 * g * g; d = k2 * s0, {}) \
+    X(ADEMAMIX, 7, "exp_avg,exp_avg_sq,exp_avg_slow", \
+      { double a = t < o->warmup ? t / o->warmup : 1; h->k0 = h->step1; h->k1 = h->lr * o->alpha * a; \
+        if (a < 1) h->beta3 = dot__half_life_between(o->beta1, o->beta3, a); \
+        h->a3 = 1 - h->beta3; }, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; s2 = beta3 * s2 + a3 * g; \
+      d = (k0 * s0 + k1 * s2) / (root2 * ROOT(s1) + eps), {}) \
+    X(MARS, 7 | PER_TENSOR, "exp_avg,exp_avg_sq,last_grad", \
+      { h->k0 = final && h->sum[0] > 1 ? 1 / sqrt(h->sum[0]) : 1; h->k1 = o->gamma * o->beta1 / (1 - o->beta1); }, \
+      d = k0 * (g + k1 * (g - s2)); s2 = g; s0 = s0 + a1 * (d - s0); s1 = beta2 * s1 + a2 * d * d; q3 = d; \
+      d = step1 * s0 / (root2 * ROOT(s1) + eps), { q0 = q3 * q3; }) \
+    X(SCHEDULE_FREE_SGD, 1, "z", \
+      { if (h->lr > m[1]) m[1] = h->lr; \
+        double weight = pow(t, o->r) * pow(m[1], o->weight_lr_power); m[0] += weight; double share = m[0] > 0 ? weight / m[0] : 0; \
+        h->k0 = share; h->k1 = h->lr * (1 - o->beta1 * (1 - share)); h->k2 = h->lr; h->keep = 1; h->wd = o->weight_decay; }, \
+      s0 = s0 + first * theta; q3 = g + wd * theta; d = k0 * (theta - s0) + k1 * q3; s0 = s0 - k2 * q3, {}) \
+    X(SCHEDULE_FREE_ADAMW, 3, "z,exp_avg_sq", \
+      { if (h->lr > m[1]) m[1] = h->lr; \
+        double weight = pow(t, o->r) * pow(m[1], o->weight_lr_power); m[0] += weight; double share = m[0] > 0 ? weight / m[0] : 0; \
+        h->k0 = share; h->k1 = h->lr * (1 - o->beta1 * (1 - share)); h->k2 = h->lr; h->keep = 1; h->wd = o->weight_decay; }, \
+      s0 = s0 + first * theta; s1 = beta2 * s1 + a2 * g * g; q3 = g / (root2 * ROOT(s1) + eps) + wd * theta; \
+      d = k0 * (theta - s0) + k1 * q3; s0 = s0 - k2 * q3, {}) \
+    X(STABLE_ADAMW, 3 | PER_TENSOR, "exp_avg,exp_avg_sq", \
+      { double rms = sqrt(h->sum[0] / n); double shrink = final && rms > 1 ? 1 / rms : 1; \
+        h->k0 = (1 - o->beta1) / (1 - pow(o->beta1, t)); h->k1 = (1 - o->beta2) / (1 - pow(o->beta2, t)); h->k2 = h->lr * shrink; \
+        h->k3 = o->eps * o->eps; if (f->decay == DOT_DECAY_LR) h->keep = 1 - h->k2 * o->weight_decay; }, \
+      s0 = s0 + k0 * (g - s0); s1 = s1 + k1 * (g * g - s1); d = k2 * s0 / (ROOT(s1) + eps), { q0 = g * g / MAX(s1, k3); }) \
+    X(ADABOUND, 3 | (f->amsbound ? 4 : 0), "exp_avg,exp_avg_sq,max_exp_avg_sq", \
+      { double final_lr = o->lr > 0 ? o->final_lr * h->lr / o->lr : 0; h->k0 = final_lr * (1 - 1 / (o->gamma * t + 1)); \
+        h->k1 = final_lr * (1 + 1 / (o->gamma * t)); h->k2 = h->step1 / h->root2; h->k3 = f->amsbound; }, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; s2 = MAX(s1, s2 * k3); \
+      d = s0 * MIN(MAX(k2 / (ROOT(s2) + eps), k0), k1), {}) \
+    X(LAPROP, 3, "exp_avg,exp_avg_sq", \
+      { m[0] = o->beta1 * m[0] + (1 - o->beta1) * h->lr; h->k0 = m[0] > 0 ? h->lr / m[0] : 0; h->k1 = h->lr * h->a1; \
+        h->after = h->keep; h->keep = 1; }, \
+      s1 = beta2 * s1 + a2 * g * g; s0 = beta1 * s0 + k1 * g / (root2 * ROOT(s1) + eps); d = k0 * s0, {}) \
+    X(QHM, 1, "momentum_buffer", { h->k0 = h->lr * (1 - o->nu); h->k1 = h->lr * o->nu; }, \
+      s0 = s0 + a1 * (g - s0); d = k0 * g + k1 * s0, {}) \
+    X(QHADAM, 3, "exp_avg,exp_avg_sq", \
+      { h->k0 = h->lr * (1 - o->nu1); h->k1 = h->step1 * o->nu1; h->k2 = (1 - o->nu2) / (h->root2 * h->root2); h->k3 = o->nu2; }, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; d = (k0 * g + k1 * s0) / (root2 * ROOT(k2 * g * g + k3 * s1) + eps), {}) \
+    X(AGGMO, 3, "momentum_buffer_1,momentum_buffer_2", { h->k0 = h->lr / 3; }, \
+      s0 = beta1 * s0 + g; s1 = beta2 * s1 + g; d = k0 * (g + s0 + s1), {}) \
+    X(PNM, 3, "pos_momentum,neg_momentum", \
+      { bool odd = fmod(t, 2) == 1; double square = o->beta1 * o->beta1; \
+        double scale = h->lr / sqrt((1 + o->alpha) * (1 + o->alpha) + o->alpha * o->alpha); \
+        h->k0 = odd ? 1 - square : 0; h->k1 = odd ? 0 : 1 - square; \
+        h->k2 = scale * (odd ? 1 + o->alpha : -o->alpha); h->k3 = scale * (odd ? -o->alpha : 1 + o->alpha); }, \
+      s0 = s0 + k0 * (g - s0); s1 = s1 + k1 * (g - s1); d = k2 * s0 + k3 * s1, {}) \
+    X(DIFFGRAD, 7, "exp_avg,exp_avg_sq,previous_grad", { h->k0 = h->step1 / h->root2; }, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; d = k0 * s0 / (1 + EXP(-ABS(s2 - g))) / (ROOT(s1) + eps); s2 = g, {}) \
+    X(GRAMS, 3, "exp_avg,exp_avg_sq", {}, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; d = SIGN(g) * ABS(step1 * s0 / (root2 * ROOT(s1) + eps)), {}) \
+    X(ADAM_ATAN2, 3, "exp_avg,exp_avg_sq", { h->k0 = 1 / (1 - pow(o->beta1, t)); }, \
+      s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; d = lr * ATAN2(k0 * s0, root2 * ROOT(s1)), {})
 
-#define DOT__RULE_ENUM(name, states, rule) DOT__RULE_##name,
-typedef enum dot__rule { DOT__RULES(DOT__RULE_ENUM) DOT__RULE_COUNT } dot__rule;
+#define DOT__RULE_ENUM(name, states, names, prepare, rule, measure) DOT__RULE_##name,
+typedef enum dot__rule { DOT__RULES(DOT__RULE_ENUM) DOT__RULE_COUNT, DOT__RULE_FACTORED, DOT__RULE_CUSTOM } dot__rule;
+#define DOT__PER_TENSOR 256          /* measures each parameter by itself */
+#define DOT__OVER_ALL 512           /* has numbers of the whole optimizer: see dot__rule_over_all */
 
-/* One pass over n elements: W at a time, the rest of fewer than W through a buffer, so that every element is computed by the same
-   instructions wherever it lies. */
-#define DOT__RULE_FUNCTION(name, states, rule) \
-    RULE_TARGET static void DOT__N(dot__rule_##name)(T *w, const T *gs, T *m0, T *m1, int64_t n, const dot__scalars *h) \
+#define DOT__RULE_NAMES(name, states, names, prepare, rule, measure) names,
+static const char *const dot__rule_names[] = { DOT__RULES(DOT__RULE_NAMES) };
+
+static unsigned dot__rule_states(dot__rule rule, const dot_optimizer_options *f)
+{
+#define PER_TENSOR DOT__PER_TENSOR
+#define OVER_ALL DOT__OVER_ALL
+#define DOT__STATES_CASE(name, states, names, prepare, rule, measure) case DOT__RULE_##name: return (unsigned)(states);
+    switch (rule) {
+    DOT__RULES(DOT__STATES_CASE)
+    default: return rule == DOT__RULE_CUSTOM ? (1u << f->rule->states) - 1 : 0;
+    }
+#undef DOT__STATES_CASE
+#undef PER_TENSOR
+#undef OVER_ALL
+}
+
+static void dot__rule_prepare(dot__rule rule, dot__scalars *h, const dot__preparation *p)
+{
+    const dot__numbers *o = p->o;
+    const dot_optimizer_options *f = p->f;
+    double t = p->t, n = p->n, *m = p->m, *all = p->all;
+    bool first = p->first, final = p->final;
+    (void)n;
+#define DOT__PREPARE_CASE(name, states, names, prepare, rule, measure) case DOT__RULE_##name: prepare break;
+    switch (rule) {
+    DOT__RULES(DOT__PREPARE_CASE)
+    default: break;
+    }
+#undef DOT__PREPARE_CASE
+}
+
+/* One pass over n elements: a vector at a time, the rest of fewer through a buffer, so that every element is computed by the same
+   instructions wherever it lies. With `sums` nothing is stored and the measures are added to it instead. */
+#define DOT__LOAD_SCALAR(name) const T name = (T)h->name; (void)name;
+#define DOT__RULE_FUNCTION(name, states, names, prepare, rule, measure) \
+    RULE_TARGET static void DOT__N(dot__rule_##name)(T *w, const T *gs, T *const *s, int64_t n, const dot__scalars *h, double *sums) \
     { \
-        const T gradient = (T)h->gradient, l2 = (T)h->l2, keep = (T)h->keep, step = (T)h->step, b1 = (T)h->b1, c1 = (T)h->c1; \
-        const T b2 = (T)h->b2, c2 = (T)h->c2, n0 = (T)h->n0, n1 = (T)h->n1, root = (T)h->root, eps = (T)h->eps; \
-        (void)b1; (void)c1; (void)b2; (void)c2; (void)n0; (void)n1; (void)root; (void)eps; \
+        DOT__SCALARS(DOT__LOAD_SCALAR) \
+        V zero, one; \
+        memset(&zero, 0, sizeof zero); \
+        one = zero + (T)1; \
+        (void)one; \
         for (int64_t i = 0; i < n; i += (int64_t)(sizeof(V) / sizeof(T))) { \
             size_t bytes = (size_t)dot__min((int64_t)sizeof(V), (n - i) * (int64_t)sizeof(T)); \
             bool whole = bytes == sizeof(V); \
-            V theta, g, s0, s1, d; \
-            memset(&s0, 0, sizeof s0); \
-            memset(&s1, 0, sizeof s1); \
-            if (whole) { \
-                memcpy(&theta, w + i, sizeof(V)); \
-                memcpy(&g, gs + i, sizeof(V)); \
-                if (states > 0) memcpy(&s0, m0 + i, sizeof(V)); \
-                if (states > 1) memcpy(&s1, m1 + i, sizeof(V)); \
-            } else { \
-                memset(&theta, 0, sizeof theta); \
-                memset(&g, 0, sizeof g); \
-                memcpy(&theta, w + i, bytes); \
-                memcpy(&g, gs + i, bytes); \
-                if (states > 0) memcpy(&s0, m0 + i, bytes); \
-                if (states > 1) memcpy(&s1, m1 + i, bytes); \
-            } \
+            V theta = zero, g = zero, s0 = zero, s1 = zero, s2 = zero, s3 = zero, s4 = zero, d = zero, q0 = zero, q1 = zero, q2 = zero, q3 = zero; \
+            DOT__GET(theta, w) DOT__GET(g, gs) \
+            if (s[0]) { DOT__GET(s0, s[0]) } \
+            if (s[1]) { DOT__GET(s1, s[1]) } \
+            if (s[2]) { DOT__GET(s2, s[2]) } \
+            if (s[3]) { DOT__GET(s3, s[3]) } \
+            if (s[4]) { DOT__GET(s4, s[4]) } \
             g = gradient * g + l2 * theta; \
             rule; \
-            theta = keep * theta - step * d; \
-            if (whole) { \
-                memcpy(w + i, &theta, sizeof(V)); \
-                if (states > 0) memcpy(m0 + i, &s0, sizeof(V)); \
-                if (states > 1) memcpy(m1 + i, &s1, sizeof(V)); \
-            } else { \
-                memcpy(w + i, &theta, bytes); \
-                if (states > 0) memcpy(m0 + i, &s0, bytes); \
-                if (states > 1) memcpy(m1 + i, &s1, bytes); \
+            if (sums) { \
+                measure \
+                q3 = IF_POSITIVE(d * g, one, zero); \
+                T q[4][sizeof(V) / sizeof(T)]; \
+                memcpy(q[0], &q0, sizeof(V)); memcpy(q[1], &q1, sizeof(V)); memcpy(q[2], &q2, sizeof(V)); memcpy(q[3], &q3, sizeof(V)); \
+                for (int k = 0; k < 4; ++k) \
+                    for (size_t j = 0; j < bytes / sizeof(T); ++j) sums[k] += (double)q[k][j]; \
+                continue; \
             } \
+            if (caution > 0) d = IF_POSITIVE(d * g, caution * d, zero); \
+            V moved = after * (keep * theta - d); \
+            if (cautious_decay > 0) moved = moved - IF_POSITIVE(-(d * theta), zero, cautious_decay * theta); \
+            DOT__PUT(moved, w) \
+            if (s[0]) { DOT__PUT(s0, s[0]) } \
+            if (s[1]) { DOT__PUT(s1, s[1]) } \
+            if (s[2]) { DOT__PUT(s2, s[2]) } \
+            if (s[3]) { DOT__PUT(s3, s[3]) } \
+            if (s[4]) { DOT__PUT(s4, s[4]) } \
+            (void)q3; \
         } \
     }
+#define DOT__GET(v, from) if (whole) memcpy(&v, from + i, sizeof(V)); else memcpy(&v, from + i, bytes);
+#define DOT__PUT(v, to) if (whole) memcpy(to + i, &v, sizeof(V)); else memcpy(to + i, &v, bytes);
 
+#define MAX(x, least) ((x) < (least) ? (T)(least) : (x))        /* NaN stays NaN */
+#define MIN(x, most) ((x) > (most) ? (T)(most) : (x))
+#define SIGN(x) ((T)(((x) > 0) - ((x) < 0)))
+#define IF_POSITIVE(x, then, otherwise) ((x) > 0 ? (T)(then) : (T)(otherwise))
+#define RULE_TARGET
 #define T float
 #define V float
 #define DOT__S f32
-#define RULE_TARGET
-#define ROOT sqrtf
+#define ROOT(x) sqrtf(x)
+#define CBRT(x) cbrtf(x)
+#define EXP(x) expf(x)
+#define ATAN2(y, x) atan2f(y, x)
+#define ABS(x) fabsf(x)
 DOT__RULES(DOT__RULE_FUNCTION)
 #undef T
 #undef V
 #undef DOT__S
 #undef ROOT
+#undef CBRT
+#undef EXP
+#undef ATAN2
+#undef ABS
 #define T double
 #define V double
 #define DOT__S f64
-#define ROOT sqrt
+#define ROOT(x) sqrt(x)
+#define CBRT(x) cbrt(x)
+#define EXP(x) exp(x)
+#define ATAN2(y, x) atan2(y, x)
+#define ABS(x) fabs(x)
 DOT__RULES(DOT__RULE_FUNCTION)
 #undef T
 #undef V
 #undef DOT__S
 #undef ROOT
+#undef CBRT
+#undef EXP
+#undef ATAN2
+#undef ABS
 #undef RULE_TARGET
+#undef MAX
+#undef MIN
+#undef SIGN
+#undef IF_POSITIVE
+
 #ifdef DOT__AVX2
 typedef float dot__float8 __attribute__((vector_size(32)));
+DOT__TARGET_AVX2 static dot__float8 dot__cbrt8(dot__float8 x) { for (int j = 0; j < 8; ++j) x[j] = cbrtf(x[j]); return x; }
+DOT__TARGET_AVX2 static dot__float8 dot__exp8(dot__float8 x) { for (int j = 0; j < 8; ++j) x[j] = expf(x[j]); return x; }
+DOT__TARGET_AVX2 static dot__float8 dot__atan8(dot__float8 y, dot__float8 x) { for (int j = 0; j < 8; ++j) y[j] = atan2f(y[j], x[j]); return y; }
 #define T float
 #define V dot__float8
 #define DOT__S avx2
 #define RULE_TARGET DOT__TARGET_AVX2
-#define ROOT(x) ((dot__float8)_mm256_sqrt_ps((__m256)(x)))
+#define M(x) ((__m256)(zero + (x)))
+#define ROOT(x) ((V)_mm256_sqrt_ps(M(x)))
+#define CBRT(x) dot__cbrt8(x)
+#define EXP(x) dot__exp8(x)
+#define ATAN2(y, x) dot__atan8(y, x)
+#define ABS(x) ((V)_mm256_andnot_ps(_mm256_set1_ps(-0.0f), M(x)))
+#define MAX(x, least) ((V)_mm256_max_ps(M(least), M(x)))
+#define MIN(x, most) ((V)_mm256_min_ps(M(most), M(x)))
+#define IF_POSITIVE(x, then, otherwise) \
+    ((V)_mm256_blendv_ps(M(otherwise), M(then), _mm256_cmp_ps(M(x), _mm256_setzero_ps(), _CMP_GT_OQ)))
+#define SIGN(x) (IF_POSITIVE(x, one, zero) - IF_POSITIVE(-(x), one, zero))
 DOT__RULES(DOT__RULE_FUNCTION)
 #undef T
 #undef V
 #undef DOT__S
-#undef ROOT
 #undef RULE_TARGET
+#undef M
+#undef ROOT
+#undef CBRT
+#undef EXP
+#undef ATAN2
+#undef ABS
+#undef MAX
+#undef MIN
+#undef IF_POSITIVE
+#undef SIGN
 #endif
+#undef DOT__GET
+#undef DOT__PUT
 
-typedef void (*dot__rule_f32)(float *, const float *, float *, float *, int64_t, const dot__scalars *);
-typedef void (*dot__rule_f64)(double *, const double *, double *, double *, int64_t, const dot__scalars *);
-#define DOT__RULE_ROW_F32(name, states, rule) dot__rule_##name##_f32,
-#define DOT__RULE_ROW_F64(name, states, rule) dot__rule_##name##_f64,
-#define DOT__RULE_ROW_AVX2(name, states, rule) dot__rule_##name##_avx2,
-#define DOT__RULE_STATES(name, states, rule) states,
+typedef void (*dot__rule_f32)(float *, const float *, float *const *, int64_t, const dot__scalars *, double *);
+typedef void (*dot__rule_f64)(double *, const double *, double *const *, int64_t, const dot__scalars *, double *);
+#define DOT__RULE_ROW_F32(name, states, names, prepare, rule, measure) dot__rule_##name##_f32,
+#define DOT__RULE_ROW_F64(name, states, names, prepare, rule, measure) dot__rule_##name##_f64,
 static const dot__rule_f32 dot__rules_f32[] = { DOT__RULES(DOT__RULE_ROW_F32) };
 static const dot__rule_f64 dot__rules_f64[] = { DOT__RULES(DOT__RULE_ROW_F64) };
 #ifdef DOT__AVX2
+#define DOT__RULE_ROW_AVX2(name, states, names, prepare, rule, measure) dot__rule_##name##_avx2,
 static const dot__rule_f32 dot__rules_avx2[] = { DOT__RULES(DOT__RULE_ROW_AVX2) };
 #endif
-static const int dot__rule_states[] = { DOT__RULES(DOT__RULE_STATES) };
+
+/* ---- state precision: a state is decoded into a buffer of floats, 256 at a time, and encoded again ---- */
+
+#define DOT__BLOCK 256
+
+/* The 8-bit code: 256 values in [-1, 1] or [0, 1], dense near 0: a sign or not, an exponent of base 10 coded in unary, and a linear
+   fraction with the bits that are left (Dettmers 2016, "8-bit approximations for parallelism in deep learning"). */
+typedef struct dot__code { float value[2][DOT__BLOCK]; } dot__code;
+
+static int dot__by_float(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+static void dot__code_make(dot__code *code)
+{
+    for (int positive = 0; positive < 2; ++positive) {
+        float *v = code->value[positive];
+        int count = 0, bits = positive ? 7 : 6;
+        for (int e = 0; e <= bits; ++e) {
+            int items = 1 << e;
+            for (int i = 0; i < items; ++i) {
+                double fraction = 0.1 + 0.9 * (i + 0.5) / items, x = fraction * pow(10, e - bits);
+                v[count++] = (float)x;
+                if (!positive) v[count++] = (float)-x;
+            }
+        }
+        if (!positive) v[count++] = 0;
+        v[positive ? count - 1 : count] = 1;
+        if (positive) v[count] = 0;
+        qsort(v, DOT__BLOCK, sizeof *v, dot__by_float);
+    }
+}
+
+/* The nearest of the code's values. */
+static uint8_t dot__code_of(const float *value, float x)
+{
+    int low = 0, high = DOT__BLOCK - 1;
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (value[middle] <= x) low = middle; else high = middle;
+    }
+    return (uint8_t)(x - value[low] <= value[high] - x ? low : high);
+}
+
+static uint16_t dot__bf16_nearest(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static uint16_t dot__bf16_random(float x, uint32_t random)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return (bits & 0x7f800000u) == 0x7f800000u ? dot__bf16_nearest(x) : (uint16_t)((bits + (random & 0xffff)) >> 16);
+}
+
+static float dot__bf16_float(uint16_t h)
+{
+    uint32_t bits = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static size_t dot__state_size(dot_state_precision precision, dot_dtype dtype, int64_t n)
+{
+    switch (precision) {
+    case DOT_STATE_BF16:       return (size_t)n * 2;
+    case DOT_STATE_BF16_KAHAN: return (size_t)n * 4;
+    case DOT_STATE_8BIT:       return (size_t)n + (size_t)dot__ceil_div(n, DOT__BLOCK) * sizeof(float);
+    default:                   return (size_t)n * dot_dtype_size(dtype);
+    }
+}
+
+/* One state's block of up to 256 elements from `first` on. The 8-bit form has the scales of all blocks behind the codes. */
+static void dot__state_decode(dot_state_precision precision, const dot__code *code, const uint8_t *state, int64_t size, int64_t first,
+                              int64_t n, float *out)
+{
+    if (precision == DOT_STATE_8BIT) {
+        float scale;
+        memcpy(&scale, state + size + first / DOT__BLOCK * (int64_t)sizeof scale, sizeof scale);
+        const float *value = code->value[scale > 0];        /* a scale above 0: no negative element */
+        for (int64_t i = 0; i < n; ++i) out[i] = scale == 0 ? 0 : value[state[first + i]] * fabsf(scale);
+        return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        uint16_t h[2] = { 0, 0 };
+        if (precision == DOT_STATE_BF16) memcpy(h, state + 2 * (first + i), 2); else memcpy(h, state + 4 * (first + i), 4);
+        out[i] = dot__bf16_float(h[0]) + dot__bf16_float(h[1]);
+    }
+}
+
+static void dot__state_encode(dot_state_precision precision, const dot__code *code, uint8_t *state, int64_t size, int64_t first, int64_t n,
+                              const float *in, uint64_t seed, uint64_t stream)
+{
+    if (precision == DOT_STATE_8BIT) {
+        float scale = 0;
+        bool negative = false;
+        for (int64_t i = 0; i < n; ++i) {
+            if (!(fabsf(in[i]) <= scale)) scale = fabsf(in[i]);
+            negative = negative || in[i] < 0;
+        }
+        for (int64_t i = 0; i < n; ++i) state[first + i] = scale > 0 ? dot__code_of(code->value[!negative], in[i] / scale) : 0;
+        if (negative) scale = -scale;
+        memcpy(state + size + first / DOT__BLOCK * (int64_t)sizeof scale, &scale, sizeof scale);
+        return;
+    }
+    uint32_t words[4] = { 0, 0, 0, 0 };
+    for (int64_t i = 0; i < n; ++i) {
+        uint16_t h[2];
+        if (precision == DOT_STATE_BF16) {
+            if (i % 8 == 0) dot__random_words(seed, stream, (uint64_t)(first + i) / 8, words);
+            h[0] = dot__bf16_random(in[i], words[i % 8 / 2] >> (i % 2 * 16));
+            memcpy(state + 2 * (first + i), h, 2);
+        } else {
+            h[0] = dot__bf16_nearest(in[i]);
+            h[1] = dot__bf16_nearest(in[i] - dot__bf16_float(h[0]));
+            memcpy(state + 4 * (first + i), h, 4);
+        }
+    }
+}
 
 /* ---- the optimizer ---- */
 
-#define DOT__STATES 3
+#define DOT__MEMORY 4               /* doubles that a parameter keeps between steps, and */
+#define DOT__MEMORY_ALL 8           /* a group */
 
 /* A parameter under an optimizer. A factored one is seen as a matrix with a mean for each row and each column; PyTorch's first
    axis, which is factored against the rest, lies first or last in the stored order, hence is the rows or the columns. */
@@ -6346,11 +7014,13 @@ typedef struct dot__slot {
     dot__parameter *parameter;
     dot_tensor *tensor;
     char name[DOT_MAX_NAME];
-    int group;
+    int index, group, order;                /* order: among those of this step */
     int64_t t;                              /* updates of this parameter so far */
     int64_t rows, columns;                  /* factored: the matrix; else size x 1 */
     bool factored;
-    dot_tensor *state[DOT__STATES];         /* by rule: s0, s1; Adafactor: rows (or whole), columns, first moment */
+    dot_tensor *state[DOT_MAX_STATES];      /* by rule: s0..s4; Adafactor: rows (or whole), columns, first moment */
+    dot_tensor *average;                    /* schedule-free: the training point, while the averaged one stands in the parameter */
+    double *memory;                         /* [lane][DOT__MEMORY] */
     int64_t block_rows, blocks;             /* Adafactor: a piece is a block of rows */
     int64_t first_piece;                    /* of this step */
     char *scratch;                          /* Adafactor, this step: dot__factor_scratch a lane */
@@ -6361,43 +7031,32 @@ struct dot_optimizer {
     dot_layer *layer;
     dot_optimizer_options options;
     dot__rule rule;
+    unsigned states;                        /* of the rule: bits */
     bool factored;                          /* Adafactor and the factored AdamW */
+    bool has_loss;                          /* of this step */
+    bool averaged;                          /* the averaged point stands in the parameters */
     int slots, groups;                      /* groups: with the default group */
     dot__slot *slot;
-    double *hypers;                         /* [group][lane][DOT_HYPERS] */
+    dot__code *code;                        /* 8-bit states */
+    dot__numbers *hypers;                   /* [group][lane] */
+    double *memory;                         /* [slot][lane][DOT__MEMORY], [group][lane][DOT__MEMORY_ALL] */
+    int64_t memory_count;
+    double *memory_all;                     /* the latter */
     double *clip;                           /* [lane]: what the gradients of the next step are multiplied by */
+    double *loss;                           /* [lane]: of this step; NaN until told */
     double multiplier;
     int64_t steps;
     int active;                             /* slots of this step, */
     dot__slot **active_slot;
     int64_t pieces;
     double *norms;                          /* [lane]: scratch of the norms */
+    dot__scalars *scalars;                  /* this step: [active slot][lane] */
+    double *sums;                           /* this step: [lane][piece][DOT__SUMS] */
 };
 
-dot_optimizer_options dot_optimizer_defaults(dot_algorithm algorithm)
-{
-    dot_optimizer_options o;
-    memset(&o, 0, sizeof o);
-    bool adafactor = algorithm == DOT_ADAFACTOR || algorithm == DOT_ADAMW_FACTORED, adam = algorithm == DOT_ADAM || algorithm == DOT_ADAMW;
-    o.magic = DOT__MAGIC_OPTIMIZER;
-    o.algorithm = algorithm;
-    o.lr = adafactor ? 1e-2 : 1e-3;
-    o.weight_decay = algorithm == DOT_ADAMW ? 1e-2 : 0;
-    o.decay = algorithm == DOT_SGD || algorithm == DOT_ADAM ? DOT_DECAY_L2 : DOT_DECAY_LR;
-    o.decay_lr = o.decay_period = 1;
-    o.beta1 = adam ? 0.9 : 0;
-    o.beta2 = 0.999;
-    o.eps = 1e-8;
-    o.relative_step = algorithm == DOT_ADAFACTOR;
-    o.scale_parameter = true;
-    o.beta2_exponent = 0.8;
-    o.eps1 = 1e-30;
-    o.eps2 = 1e-3;
-    o.clip_threshold = 1;
-    return o;
-}
+static dot__numbers *dot__hypers(const dot_optimizer *opt, int group, int lane) { return opt->hypers + group * opt->ctx->lanes + lane; }
 
-/* The range of each option: one row a fact. `below`: the upper bound itself is excluded. */
+/* The range of an option; `below`: the upper bound itself is excluded. */
 static bool dot__option_ok(dot_context *ctx, const char *function, const char *name, double value, double low, double high, bool below)
 {
     if (dot__finite(value) && value >= low && (below ? value < high : value <= high)) return true;
@@ -6407,24 +7066,66 @@ static bool dot__option_ok(dot_context *ctx, const char *function, const char *n
 
 static bool dot__hyper_ok(dot_context *ctx, const char *function, dot_hyper which, double value)
 {
-    static const struct { const char *name; double low, high; bool below; } row[] = {
-        { "lr", 0, 1e30, false }, { "weight_decay", 0, 1e30, false }, { "beta1", 0, 1, true }, { "beta2", 0, 1, true },
-        { "eps", 0, 1e30, false }, { "decay_period", 1, 1e18, false },
-    };
-    return dot__option_ok(ctx, function, row[which].name, value, row[which].low, row[which].high, row[which].below);
+    const dot__hyper_row *row = &dot__hyper_rows[which];
+    bool below_1 = row->greatest == DOT__BELOW_1;
+    return dot__option_ok(ctx, function, row->name, value, row->least, below_1 ? 1 : row->greatest, below_1);
 }
 
-static bool dot__optimizer_options_ok(dot_context *ctx, const dot_optimizer_options *o)
+static dot__rule dot__rule_of(dot_algorithm algorithm)
 {
-    const char *f = "dot_optimizer_create";
-    if (o->magic != DOT__MAGIC_OPTIMIZER || (unsigned)o->algorithm >= DOT_ALGORITHMS || (unsigned)o->decay > DOT_DECAY_NORMALIZED) {
-        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: algorithm %d, decay %d, expected options filled by dot_optimizer_defaults (magic 0x%08x)", f,
-                  (int)o->algorithm, (int)o->decay, (unsigned)o->magic);
-        return false;
-    }
-    if (o->nesterov && (o->beta1 == 0 || o->dampening != 0)) {
+#define DOT__RULE_ROW(constant, name, rule, description, source, ...) DOT__RULE_##rule,
+    static const dot__rule rules[] = { DOT_OPTIMIZERS(DOT__RULE_ROW) };
+#undef DOT__RULE_ROW
+    return rules[algorithm];
+}
+
+/* The dialects that each rule has. */
+static bool dot__dialect_ok(dot__rule rule, dot_dialect dialect)
+{
+    static const struct { dot__rule rule; dot_dialect dialect; } rows[] = {
+        { DOT__RULE_AMSGRAD, DOT_DIALECT_OPTAX }, { DOT__RULE_AMSGRAD, DOT_DIALECT_PAPER }, { DOT__RULE_NADAM, DOT_DIALECT_OPTAX },
+        { DOT__RULE_NADAM, DOT_DIALECT_MLCOMMONS }, { DOT__RULE_RADAM, DOT_DIALECT_OPTAX }, { DOT__RULE_RADAM, DOT_DIALECT_OFFICIAL },
+        { DOT__RULE_LARS, DOT_DIALECT_OPTAX }, { DOT__RULE_RMSPROP, DOT_DIALECT_TF }, { DOT__RULE_ADAGRAD, DOT_DIALECT_INSIDE },
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; ++i)
+        if (rows[i].rule == rule && rows[i].dialect == dialect) return true;
+    return dialect == DOT_DIALECT_DEFAULT;
+}
+
+static bool dot__rule_options_ok(dot_context *ctx, const char *f, const dot_optimizer_options *o)
+{
+    dot__rule rule = dot__rule_of(o->algorithm);
+    const char *name = dot_algorithm_name(o->algorithm);
+    if (!dot__dialect_ok(rule, o->dialect))
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: %s has no dialect %d (%s), expected DOT_DIALECT_DEFAULT", f, name, (int)o->dialect,
+                  (unsigned)o->dialect < DOT_DIALECTS ? dot_dialect_name(o->dialect) : "unknown");
+    else if ((unsigned)o->state > DOT_STATE_8BIT)
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: state %d, expected DOT_STATE_...", f, (int)o->state);
+    else if (o->state != DOT_STATE_FULL && (rule >= DOT__RULE_COUNT || ctx->dtype != DOT_F32))
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: state %d for %s, expected DOT_STATE_FULL: others are for float32 and elementwise rules", f,
+                  (int)o->state, name);
+    else if (o->cautious && rule >= DOT__RULE_COUNT)
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: cautious %s, expected an elementwise rule", f, name);
+    else if (o->decay == DOT_DECAY_CAUTIOUS && rule >= DOT__RULE_COUNT)
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: decay %d for %s, expected an elementwise rule", f, (int)o->decay, name);
+    else if (o->nesterov && (o->beta1 == 0 || o->dampening != 0))
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: nesterov with beta1 %g and dampening %g, expected momentum and no dampening", f, o->beta1,
                   o->dampening);
+    else if ((rule == DOT__RULE_SCHEDULE_FREE_SGD || rule == DOT__RULE_SCHEDULE_FREE_ADAMW) && o->beta1 == 0)
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: %s with beta1 0, expected more: the averaged point would be lost", f, name);
+    else if (rule == DOT__RULE_CUSTOM
+             && (!o->rule || !o->rule->name || !o->rule->update || o->rule->states < 0 || o->rule->states > DOT_MAX_STATES))
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: rule %s with %d states, expected a name, an update function and 0 to %d states", f,
+                  o->rule && o->rule->name ? o->rule->name : "NULL", o->rule ? o->rule->states : 0, DOT_MAX_STATES);
+    else return true;
+    return false;
+}
+
+static bool dot__optimizer_options_ok(dot_context *ctx, const char *f, const dot_optimizer_options *o)
+{
+    if (o->magic != DOT__MAGIC_OPTIMIZER || (unsigned)o->algorithm >= DOT_ALGORITHMS || (unsigned)o->decay > DOT_DECAY_FIXED) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: algorithm %d, decay %d, expected options filled by dot_optimizer_defaults (magic 0x%08x)", f,
+                  (int)o->algorithm, (int)o->decay, (unsigned)o->magic);
         return false;
     }
     if (o->group_count < 0 || o->group_count > 1024 || (o->group_count > 0 && !o->groups)) {
@@ -6434,14 +7135,10 @@ static bool dot__optimizer_options_ok(dot_context *ctx, const dot_optimizer_opti
     for (int i = 0; i < o->group_count; ++i)
         if (!dot__hyper_ok(ctx, f, DOT_HYPER_LR, o->groups[i].lr)
             || !dot__hyper_ok(ctx, f, DOT_HYPER_WEIGHT_DECAY, o->groups[i].weight_decay)) return false;
-    return dot__hyper_ok(ctx, f, DOT_HYPER_LR, o->lr) && dot__hyper_ok(ctx, f, DOT_HYPER_WEIGHT_DECAY, o->weight_decay)
-        && dot__hyper_ok(ctx, f, DOT_HYPER_BETA1, o->beta1) && dot__hyper_ok(ctx, f, DOT_HYPER_BETA2, o->beta2)
-        && dot__hyper_ok(ctx, f, DOT_HYPER_EPS, o->eps) && dot__hyper_ok(ctx, f, DOT_HYPER_DECAY_PERIOD, o->decay_period)
-        && dot__option_ok(ctx, f, "decay_lr", o->decay_lr, 0, 1e30, false)
-        && dot__option_ok(ctx, f, "dampening", o->dampening, 0, 1, false)
-        && dot__option_ok(ctx, f, "beta2_exponent", o->beta2_exponent, 0, 1e3, false)
-        && dot__option_ok(ctx, f, "eps1", o->eps1, 0, 1e30, false) && dot__option_ok(ctx, f, "eps2", o->eps2, 0, 1e30, false)
-        && dot__option_ok(ctx, f, "clip_threshold", o->clip_threshold, 1e-30, 1e30, false);
+    dot_optimizer_options copy = *o;
+    for (int i = 0; i < DOT_HYPERS; ++i)
+        if (!dot__hyper_ok(ctx, f, (dot_hyper)i, *dot__option(&copy, i))) return false;
+    return dot__rule_options_ok(ctx, f, o);
 }
 
 /* Does `name` match `pattern`, where * stands for any characters and ? for one? */
@@ -6452,11 +7149,14 @@ static bool dot__matches(const char *pattern, const char *name)
     return *name && (*pattern == '?' || *pattern == *name) && dot__matches(pattern + 1, name + 1);
 }
 
+static bool dot__trainable(const dot__parameter *p) { return p->kind != DOT_KIND_BUFFER && dot__is_float(p->tensor->dtype); }
+
 static bool dot__slot_visit(void *user, const char *name, dot__parameter *p)
 {
     dot_optimizer *opt = (dot_optimizer *)user;
-    if (p->kind == DOT_KIND_BUFFER || !dot__is_float(p->tensor->dtype)) return true;
-    dot__slot *slot = &opt->slot[opt->slots++];
+    if (!dot__trainable(p)) return true;
+    dot__slot *slot = &opt->slot[opt->slots];
+    slot->index = opt->slots++;
     slot->parameter = p;
     slot->tensor = p->tensor;
     memcpy(slot->name, name, strlen(name) + 1);
@@ -6467,33 +7167,96 @@ static bool dot__slot_visit(void *user, const char *name, dot__parameter *p)
     return true;
 }
 
-static dot_tensor *dot__state_tensor(dot__slot *slot, int64_t size)
+/* What a parameter needs: the matrix that a factored one is seen as, and the elements and type of each state. */
+typedef struct dot__plan { int64_t rows, columns; bool factored; int64_t size[DOT_MAX_STATES]; dot_dtype dtype; } dot__plan;
+
+static dot__plan dot__plan_of(const dot_optimizer_options *o, const dot__parameter *p)
 {
-    return dot__persistent_tensor(slot->tensor->ctx, slot->tensor->dtype, 1, &size, size);
+    dot__plan plan;
+    dot__rule rule = dot__rule_of(o->algorithm);
+    int64_t n = p->tensor->size;
+    memset(&plan, 0, sizeof plan);
+    plan.rows = n;
+    plan.columns = 1;
+    plan.dtype = o->state == DOT_STATE_FULL ? p->tensor->dtype : DOT_U8;
+    if (rule != DOT__RULE_FACTORED) {
+        unsigned states = dot__rule_states(rule, o);
+        for (int i = 0; i < DOT_MAX_STATES; ++i)
+            plan.size[i] = !(states >> i & 1) ? 0 : plan.dtype == DOT_U8 ? (int64_t)dot__state_size(o->state, DOT_F32, n) : n;
+        return plan;
+    }
+    if (p->rank >= 2 && n > 0) {
+        plan.factored = true;
+        plan.columns = p->layout.axis[0] != 0 ? p->shape[0] : n / p->shape[0];
+        plan.rows = n / plan.columns;
+        plan.size[1] = plan.columns;
+    }
+    plan.size[0] = plan.rows;
+    plan.size[2] = o->beta1 > 0 ? n : 0;
+    return plan;
 }
 
 static bool dot__slot_states(dot_optimizer *opt, dot__slot *slot)
 {
-    int64_t n = slot->tensor->size;
-    slot->rows = n;
-    slot->columns = 1;
-    if (!opt->factored) {
-        for (int i = 0; i < dot__rule_states[opt->rule]; ++i)
-            if (!(slot->state[i] = dot__state_tensor(slot, n))) return false;
-        return true;
-    }
-    const dot__parameter *p = slot->parameter;
-    if (p->rank >= 2 && n > 0) {
-        bool last = p->layout.axis[0] != 0;
-        slot->factored = true;
-        slot->columns = last ? p->shape[0] : n / p->shape[0];
-        slot->rows = n / slot->columns;
-        if (!(slot->state[1] = dot__state_tensor(slot, slot->columns))) return false;
-    }
+    dot__plan plan = dot__plan_of(&opt->options, slot->parameter);
+    bool empty = slot->tensor->size == 0;
+    slot->rows = plan.rows;
+    slot->columns = plan.columns;
+    slot->factored = plan.factored;
     slot->block_rows = dot__max(1, 8192 / slot->columns);
     slot->blocks = dot__ceil_div(slot->rows, slot->block_rows);
-    if (!(slot->state[0] = dot__state_tensor(slot, slot->rows))) return false;
-    return opt->options.beta1 == 0 || (slot->state[2] = dot__state_tensor(slot, n)) != NULL;
+    for (int i = 0; i < DOT_MAX_STATES; ++i)
+        if ((plan.size[i] > 0 || (empty && opt->states >> i & 1))
+            && !(slot->state[i] = dot__persistent_tensor(opt->ctx, plan.dtype, 1, &plan.size[i], plan.size[i]))) return false;
+    return true;
+}
+
+typedef struct dot__bytes_job { const dot_optimizer_options *options; size_t bytes; int lanes; } dot__bytes_job;
+
+static bool dot__bytes_visit(void *user, const char *name, dot__parameter *p)
+{
+    dot__bytes_job *job = (dot__bytes_job *)user;
+    (void)name;
+    if (!dot__trainable(p)) return true;
+    dot__plan plan = dot__plan_of(job->options, p);
+    for (int i = 0; i < DOT_MAX_STATES; ++i) job->bytes += (size_t)plan.size[i] * dot_dtype_size(plan.dtype) * (size_t)job->lanes;
+    return true;
+}
+
+size_t dot_optimizer_bytes(dot_layer *layer, const dot_optimizer_options *options)
+{
+    dot_optimizer_options o = options ? *options : dot_optimizer_defaults(DOT_ADAMW);
+    dot__bytes_job job;
+    if (!layer || !dot_ok(layer->ctx) || !dot__optimizer_options_ok(layer->ctx, "dot_optimizer_bytes", &o)) return 0;
+    job.options = &o;
+    job.bytes = 0;
+    job.lanes = layer->ctx->lanes;
+    dot__visit(layer, "", dot__bytes_visit, &job);
+    return job.bytes;
+}
+
+static bool dot__optimizer_allocate(dot_optimizer *opt)
+{
+    dot_context *ctx = opt->ctx;
+    size_t count = (size_t)dot_layer_parameters(opt->layer), lanes = (size_t)ctx->lanes, groups = (size_t)opt->groups;
+    if (!(opt->slot = (dot__slot *)dot__new(ctx, count * sizeof(dot__slot)))
+        || !(opt->active_slot = (dot__slot **)dot__new(ctx, count * sizeof(dot__slot *)))
+        || !(opt->hypers = (dot__numbers *)dot__new(ctx, groups * lanes * sizeof(dot__numbers)))
+        || !(opt->clip = (double *)dot__new(ctx, lanes * sizeof(double))) || !(opt->loss = (double *)dot__new(ctx, lanes * sizeof(double)))
+        || !(opt->norms = (double *)dot__new(ctx, lanes * sizeof(double)))) return false;
+    if (opt->options.state == DOT_STATE_8BIT) {
+        if (!(opt->code = (dot__code *)dot__new(ctx, sizeof(dot__code)))) return false;
+        dot__code_make(opt->code);
+    }
+    if (!dot__visit(opt->layer, "", dot__slot_visit, opt)) return false;
+    opt->memory_count = ((int64_t)opt->slots * DOT__MEMORY + opt->groups * DOT__MEMORY_ALL) * ctx->lanes;
+    if (!(opt->memory = (double *)dot__new(ctx, (size_t)opt->memory_count * sizeof(double)))) return false;
+    opt->memory_all = opt->memory + opt->slots * ctx->lanes * DOT__MEMORY;
+    for (int i = 0; i < opt->slots; ++i) {
+        opt->slot[i].memory = opt->memory + i * ctx->lanes * DOT__MEMORY;
+        if (!dot__slot_states(opt, &opt->slot[i])) return false;
+    }
+    return true;
 }
 
 dot_optimizer *dot_optimizer_create(dot_context *ctx, dot_layer *layer, const dot_optimizer_options *options)
@@ -6505,33 +7268,29 @@ dot_optimizer *dot_optimizer_create(dot_context *ctx, dot_layer *layer, const do
         dot__fail(ctx, DOT_ERROR_STATE, "dot_optimizer_create: layer of another context");
         return NULL;
     }
-    if (!dot__optimizer_options_ok(ctx, &o)) return NULL;
+    if (!dot__optimizer_options_ok(ctx, "dot_optimizer_create", &o)) return NULL;
     dot_optimizer *opt = (dot_optimizer *)dot__new(ctx, sizeof *opt);
-    size_t count = (size_t)dot_layer_parameters(layer), lanes = (size_t)ctx->lanes, groups = (size_t)o.group_count + 1;
-    if (!opt || !(opt->slot = (dot__slot *)dot__new(ctx, count * sizeof(dot__slot)))
-        || !(opt->active_slot = (dot__slot **)dot__new(ctx, count * sizeof(dot__slot *)))
-        || !(opt->hypers = (double *)dot__new(ctx, groups * lanes * DOT_HYPERS * sizeof(double)))
-        || !(opt->clip = (double *)dot__new(ctx, lanes * sizeof(double)))
-        || !(opt->norms = (double *)dot__new(ctx, lanes * sizeof(double)))) return NULL;
+    if (!opt) return NULL;
     opt->ctx = ctx;
     opt->layer = layer;
     opt->options = o;
-    opt->groups = (int)groups;
-    opt->factored = o.algorithm == DOT_ADAFACTOR || o.algorithm == DOT_ADAMW_FACTORED;
-    opt->rule = o.algorithm != DOT_SGD ? DOT__RULE_ADAM : o.beta1 > 0 ? DOT__RULE_MOMENTUM : DOT__RULE_SGD;
-    if (!dot__visit(layer, "", dot__slot_visit, opt)) return NULL;
-    for (int i = 0; i < opt->slots; ++i)
-        if (!dot__slot_states(opt, &opt->slot[i])) return NULL;
+    opt->groups = o.group_count + 1;
+    opt->rule = dot__rule_of(o.algorithm);
+    opt->states = dot__rule_states(opt->rule, &o);
+    opt->factored = opt->rule == DOT__RULE_FACTORED;
+    if (!dot__optimizer_allocate(opt)) return NULL;
     for (int group = 0; group < opt->groups; ++group)
         for (int lane = 0; lane < ctx->lanes; ++lane) {
-            double *h = opt->hypers + (group * ctx->lanes + lane) * DOT_HYPERS;
-            h[DOT_HYPER_LR] = group ? o.groups[group - 1].lr : o.lr;
-            h[DOT_HYPER_WEIGHT_DECAY] = group ? o.groups[group - 1].weight_decay : o.weight_decay;
-            h[DOT_HYPER_BETA1] = o.beta1;
-            h[DOT_HYPER_BETA2] = o.beta2;
-            h[DOT_HYPER_EPS] = o.eps;
-            h[DOT_HYPER_DECAY_PERIOD] = o.decay_period;
+            dot__numbers *h = dot__hypers(opt, group, lane);
+            for (int i = 0; i < DOT_HYPERS; ++i) *dot__number(h, i) = *dot__option(&o, i);
+            if (group) {
+                h->lr = o.groups[group - 1].lr;
+                h->weight_decay = o.groups[group - 1].weight_decay;
+            }
+            if (opt->rule == DOT__RULE_PRODIGY || opt->rule == DOT__RULE_DADAPT_ADAM)
+                opt->memory_all[(group * ctx->lanes + lane) * DOT__MEMORY_ALL] = h->d0;
             opt->clip[lane] = 1;
+            opt->loss[lane] = (double)NAN;
         }
     opt->options.groups = NULL;             /* the caller's array need not live on */
     if (opt->factored && o.relative_step) dot__log(ctx, "%s: the step is min(lr, 1/sqrt(t)): lr %g is only its upper bound",
@@ -6553,33 +7312,48 @@ bool dot_optimizer_set(dot_optimizer *opt, dot_hyper which, int group, int lane,
 {
     if (!opt || !dot_ok(opt->ctx) || !dot__hyper_index_ok(opt, "dot_optimizer_set", which, group, lane, true)
         || !dot__hyper_ok(opt->ctx, "dot_optimizer_set", which, value)) return false;
-    if (which == DOT_HYPER_BETA1 && value > 0 && opt->options.beta1 == 0) {
+    dot_optimizer_options changed = opt->options;
+    changed.beta1 = value;
+    if (which == DOT_HYPER_BETA1 && value > 0 && opt->options.beta1 == 0
+        && (opt->factored || dot__rule_states(opt->rule, &changed) != opt->states)) {
         dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_optimizer_set: beta1 %g, but the optimizer was created without a first moment", value);
         return false;
     }
     for (int g = 0; g < opt->groups; ++g)
         for (int k = 0; k < opt->ctx->lanes; ++k)
-            if ((group == DOT_ALL || group == g) && (lane == DOT_ALL || lane == k))
-                opt->hypers[(g * opt->ctx->lanes + k) * DOT_HYPERS + (int)which] = value;
+            if ((group == DOT_ALL || group == g) && (lane == DOT_ALL || lane == k)) *dot__number(dot__hypers(opt, g, k), (int)which) = value;
     return true;
 }
 
 double dot_optimizer_get(const dot_optimizer *opt, dot_hyper which, int group, int lane)
 {
     if (!opt || !dot__hyper_index_ok(opt, "dot_optimizer_get", which, group, lane, false)) return (double)NAN;
-    return opt->hypers[(group * opt->ctx->lanes + lane) * DOT_HYPERS + (int)which];
+    return *dot__number(dot__hypers(opt, group, lane), (int)which);
 }
 
 int64_t dot_optimizer_steps(const dot_optimizer *opt) { return opt ? opt->steps : 0; }
 
 size_t dot_optimizer_state_bytes(const dot_optimizer *opt)
 {
-    size_t elements = 0;
+    size_t bytes = 0;
     for (int i = 0; opt && i < opt->slots; ++i)
-        for (int s = 0; s < DOT__STATES; ++s)
+        for (int s = 0; s < DOT_MAX_STATES; ++s)
             if (opt->slot[i].state[s])
-                elements += (size_t)opt->slot[i].state[s]->size * dot_dtype_size(opt->slot[i].tensor->dtype) * (size_t)opt->ctx->lanes;
-    return elements;
+                bytes += (size_t)opt->slot[i].state[s]->size * dot_dtype_size(opt->slot[i].state[s]->dtype) * (size_t)opt->ctx->lanes;
+    return bytes;
+}
+
+bool dot_optimizer_loss(dot_optimizer *opt, const dot_tensor *loss)
+{
+    if (!opt || !loss || !dot_ok(opt->ctx)) return false;
+    if (loss->ctx != opt->ctx || !dot__is_float(loss->dtype) || loss->size != 1) {
+        dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_optimizer_loss: loss of " DOT__I64 " elements, expected a scalar of the same context",
+                  DOT__LL(loss->size));
+        return false;
+    }
+    for (int lane = 0; lane < opt->ctx->lanes; ++lane) opt->loss[lane] = dot_item(loss, lane);
+    opt->has_loss = true;
+    return true;
 }
 
 /* ---- norms over all parameters: sums of squares by pieces, added up in order ---- */
@@ -6606,6 +7380,7 @@ static void dot__select(dot_optimizer *opt, bool all, bool blocks)
         dot__slot *slot = &opt->slot[i];
         if (slot->tensor->size == 0 || !(all || slot->tensor->has_grad)) continue;
         opt->active_slot[opt->active++] = slot;
+        slot->order = opt->active - 1;
         slot->first_piece = opt->pieces;
         opt->pieces += blocks ? slot->blocks : dot__ceil_div(slot->tensor->size, DOT__PIECE);
     }
@@ -6674,75 +7449,269 @@ double dot_clip_grad_norm(dot_optimizer *opt, double max_norm)
 
 /* ---- one step ---- */
 
-static const double *dot__hypers(const dot_optimizer *opt, const dot__slot *slot, int lane)
-{
-    return opt->hypers + (slot->group * opt->ctx->lanes + lane) * DOT_HYPERS;
-}
-
-/* What is common to all algorithms: the gradient's scale, and the decay in its four modes. */
+/* What is common to all rules: the gradient's scale, the decay in its modes, and the numbers that most rules read. */
 static dot__scalars dot__common_scalars(const dot_optimizer *opt, const dot__slot *slot, int lane)
 {
-    const dot_optimizer_options *o = &opt->options;
-    const double *h = dot__hypers(opt, slot, lane);
-    double lambda = h[DOT_HYPER_WEIGHT_DECAY], eta = opt->multiplier;
+    const dot_optimizer_options *f = &opt->options;
+    const dot__numbers *o = dot__hypers(opt, slot->group, lane);
+    double lambda = o->weight_decay, eta = opt->multiplier, t = (double)slot->t;
     dot__scalars s;
     memset(&s, 0, sizeof s);
-    s.gradient = opt->clip[lane] * (o->maximize ? -1 : 1);
-    s.keep = 1;
-    switch (o->decay) {
-    case DOT_DECAY_L2:        s.l2 = lambda; break;
-    case DOT_DECAY_LR:        s.keep = 1 - eta * h[DOT_HYPER_LR] * lambda; break;
-    case DOT_DECAY_SCHEDULED: s.keep = 1 - eta * o->decay_lr * lambda; break;
-    default:                  s.keep = 1 - eta * o->decay_lr * lambda / sqrt(h[DOT_HYPER_DECAY_PERIOD]); break;
+    s.gradient = opt->clip[lane] * (f->maximize ? -1 : 1);
+    s.keep = s.after = 1;
+    switch (f->decay) {
+    case DOT_DECAY_L2:         s.l2 = lambda; break;
+    case DOT_DECAY_SCHEDULED:  s.keep = 1 - eta * o->decay_lr * lambda; break;
+    case DOT_DECAY_NORMALIZED: s.keep = 1 - eta * o->decay_lr * lambda / sqrt(o->decay_period); break;
+    case DOT_DECAY_CORRECTED:  s.keep = 1 - eta * eta * o->lr * lambda; break;
+    case DOT_DECAY_CAUTIOUS:   s.cautious_decay = eta * o->lr * lambda; break;
+    case DOT_DECAY_PROX:       s.after = 1 / (1 + eta * o->lr * lambda); break;
+    case DOT_DECAY_FIXED:      s.keep = 1 - lambda; break;
+    default:                   s.keep = 1 - eta * o->lr * lambda; break;
     }
+    s.lr = o->lr * eta;
+    s.beta1 = o->beta1;
+    s.beta2 = o->beta2;
+    s.beta3 = o->beta3;
+    s.a1 = 1 - o->beta1;
+    s.a2 = 1 - o->beta2;
+    s.a3 = 1 - o->beta3;
+    s.step1 = s.lr / (1 - pow(o->beta1, t));
+    s.root2 = 1 / sqrt(1 - pow(o->beta2, t));
+    s.eps = o->eps;
+    s.first = slot->t == 1;
     return s;
 }
 
-static dot__scalars dot__rule_scalars(const dot_optimizer *opt, const dot__slot *slot, int lane)
+/* The pieces of a slot's elements that a pass is cut into, and the sum of their measures. */
+static int64_t dot__slot_pieces(const dot__slot *slot) { return dot__ceil_div(slot->tensor->size, DOT__PIECE); }
+
+static void dot__slot_sums(const dot_optimizer *opt, const dot__slot *slot, int lane, double *sum)
 {
-    const dot_optimizer_options *o = &opt->options;
-    const double *h = dot__hypers(opt, slot, lane);
-    double lr = h[DOT_HYPER_LR] * opt->multiplier, beta1 = h[DOT_HYPER_BETA1], beta2 = h[DOT_HYPER_BETA2], t = (double)slot->t;
-    dot__scalars s = dot__common_scalars(opt, slot, lane);
-    if (opt->rule == DOT__RULE_ADAM) {
-        s.c1 = 1 - beta1;
-        s.b2 = beta2;
-        s.c2 = 1 - beta2;
-        s.root = 1 / sqrt(1 - pow(beta2, t));
-        s.eps = h[DOT_HYPER_EPS];
-        s.step = lr / (1 - pow(beta1, t));
-    } else {
-        bool first = slot->t == 1;          /* PyTorch: the buffer begins as the gradient, undampened */
-        s.b1 = first ? 0 : beta1;
-        s.c1 = first ? 1 : 1 - o->dampening;
-        s.n0 = o->nesterov ? 1 : 0;
-        s.n1 = o->nesterov ? beta1 : 1;
-        s.step = lr;
+    for (int64_t p = slot->first_piece; p < slot->first_piece + dot__slot_pieces(slot); ++p)
+        for (int k = 0; k < DOT__SUMS; ++k) sum[k] += opt->sums[(lane * opt->pieces + p) * DOT__SUMS + k];
+}
+
+typedef struct dot__step_job { dot_optimizer *opt; bool measure, final; } dot__step_job;
+
+static void dot__prepare_piece(void *argument, int lane, int64_t index)
+{
+    dot__step_job *job = (dot__step_job *)argument;
+    dot_optimizer *opt = job->opt;
+    const dot__slot *slot = opt->active_slot[index];
+    dot__scalars *h = opt->scalars + index * opt->ctx->lanes + lane;
+    double memory[DOT__MEMORY];             /* the first preparation of two changes nothing */
+    dot__preparation p;
+    *h = dot__common_scalars(opt, slot, lane);
+    if (job->final && opt->sums) dot__slot_sums(opt, slot, lane, h->sum);
+    memcpy(memory, slot->memory + lane * DOT__MEMORY, sizeof memory);
+    p.o = dot__hypers(opt, slot->group, lane);
+    p.f = &opt->options;
+    p.t = (double)slot->t;
+    p.n = (double)slot->tensor->size;
+    p.m = job->final ? slot->memory + lane * DOT__MEMORY : memory;
+    p.all = opt->memory_all + (slot->group * opt->ctx->lanes + lane) * DOT__MEMORY_ALL;
+    p.first = slot->t == 1;
+    p.final = job->final;
+    double agreeing = h->sum[3] / p.n;
+    dot__rule_prepare(opt->rule, h, &p);
+    if (opt->options.cautious) h->caution = job->final ? 1 / (agreeing > 1e-3 ? agreeing : 1e-3) : 1;
+}
+
+static void dot__rule_range(const dot_optimizer *opt, const dot__slot *slot, int lane, int64_t first, int64_t n, const dot__scalars *h)
+{
+    dot_rule_range range;
+    size_t size = dot_dtype_size(slot->tensor->dtype);
+    memset(&range, 0, sizeof range);
+    range.dtype = slot->tensor->dtype;
+    range.theta = (char *)dot__at(slot->tensor, lane) + (size_t)first * size;
+    range.gradient = (char *)dot__at(slot->tensor->grad, lane) + (size_t)first * size;
+    for (int i = 0; i < DOT_MAX_STATES; ++i)
+        if (slot->state[i]) range.state[i] = (char *)dot__at(slot->state[i], lane) + (size_t)first * size;
+    range.first = first;
+    range.count = n;
+    range.step = slot->t;
+    range.lane = lane;
+    range.lr = h->lr;
+    range.gradient_scale = h->gradient;
+    range.l2 = h->l2;
+    range.keep = h->keep;
+    opt->options.rule->update(opt->options.rule->user, &range);
+}
+
+/* A range of elements whose states are kept in another precision: block by block through a buffer. */
+static void dot__rule_blocks(const dot_optimizer *opt, const dot__slot *slot, dot__rule_f32 rule, int lane, int64_t first, int64_t n,
+                             const dot__scalars *h, double *sums)
+{
+    dot_state_precision precision = opt->options.state;
+    float buffer[DOT_MAX_STATES][DOT__BLOCK], *s[DOT_MAX_STATES];
+    float *w = (float *)(void *)dot__at(slot->tensor, lane), *g = (float *)(void *)dot__at(slot->tensor->grad, lane);
+    for (int64_t end = first + n, size = slot->tensor->size; first < end; first += DOT__BLOCK) {
+        int64_t count = dot__min(DOT__BLOCK, end - first);
+        for (int i = 0; i < DOT_MAX_STATES; ++i) {
+            s[i] = slot->state[i] ? buffer[i] : NULL;
+            if (s[i]) dot__state_decode(precision, opt->code, (uint8_t *)dot__at(slot->state[i], lane), size, first, count, s[i]);
+        }
+        rule(w + first, g + first, s, count, h, sums);
+        for (int i = 0; i < DOT_MAX_STATES && !sums; ++i) {
+            uint64_t stream = DOT__STREAM_STATE | (uint64_t)slot->index << 40 | (uint64_t)i << 38 | (uint64_t)slot->t;
+            if (s[i]) dot__state_encode(precision, opt->code, (uint8_t *)dot__at(slot->state[i], lane), size, first, count, s[i],
+                                        opt->ctx->lane_seeds[lane], stream);
+        }
     }
-    return s;
 }
 
 static void dot__rule_piece(void *argument, int lane, int64_t piece)
 {
-    dot_optimizer *opt = (dot_optimizer *)argument;
-    dot__slot *slot = dot__slot_of_piece(opt, piece);
-    dot_tensor *w = slot->tensor;
-    dot__scalars s = dot__rule_scalars(opt, slot, lane);
-    int64_t n, i = dot__part(w->size, piece - slot->first_piece, DOT__PIECE, &n);
-    void *state[2];
-    for (int k = 0; k < 2; ++k) state[k] = slot->state[k] ? dot__at(slot->state[k], lane) : NULL;
-    if (w->dtype == DOT_F64) {
-        double *m0 = (double *)state[0], *m1 = (double *)state[1];
-        dot__rules_f64[opt->rule]((double *)dot__at(w, lane) + i, (double *)dot__at(w->grad, lane) + i, m0 ? m0 + i : m0, m1 ? m1 + i : m1,
-                                  n, &s);
+    dot__step_job *job = (dot__step_job *)argument;
+    dot_optimizer *opt = job->opt;
+    const dot__slot *slot = dot__slot_of_piece(opt, piece);
+    const dot__scalars *h = opt->scalars + slot->order * opt->ctx->lanes + lane;
+    double *sums = job->measure ? opt->sums + (lane * opt->pieces + piece) * DOT__SUMS : NULL;
+    int64_t n, i = dot__part(slot->tensor->size, piece - slot->first_piece, DOT__PIECE, &n);
+    for (int k = 0; k < DOT__SUMS && sums; ++k) sums[k] = 0;
+    if (opt->rule == DOT__RULE_CUSTOM) {
+        dot__rule_range(opt, slot, lane, i, n, h);
         return;
     }
-    const dot__rule_f32 *rules = dot__rules_f32;
+    if (slot->tensor->dtype == DOT_F64) {
+        double *s[DOT_MAX_STATES];
+        for (int k = 0; k < DOT_MAX_STATES; ++k) s[k] = slot->state[k] ? (double *)(void *)dot__at(slot->state[k], lane) + i : NULL;
+        dot__rules_f64[opt->rule]((double *)(void *)dot__at(slot->tensor, lane) + i, (double *)(void *)dot__at(slot->tensor->grad, lane) + i,
+                                  s, n, h, sums);
+        return;
+    }
+    dot__rule_f32 rule = dot__rules_f32[opt->rule];
 #ifdef DOT__AVX2
-    if (dot__kernel(opt->ctx, DOT_F32) != &dot__kernels_portable[0]) rules = dot__rules_avx2;
+    if (dot__kernel(opt->ctx, DOT_F32) != &dot__kernels_portable[0]) rule = dot__rules_avx2[opt->rule];
 #endif
-    float *m0 = (float *)state[0], *m1 = (float *)state[1];
-    rules[opt->rule]((float *)dot__at(w, lane) + i, (float *)dot__at(w->grad, lane) + i, m0 ? m0 + i : m0, m1 ? m1 + i : m1, n, &s);
+    if (opt->options.state != DOT_STATE_FULL) {
+        dot__rule_blocks(opt, slot, rule, lane, i, n, h, sums);
+        return;
+    }
+    float *s[DOT_MAX_STATES];
+    for (int k = 0; k < DOT_MAX_STATES; ++k) s[k] = slot->state[k] ? (float *)(void *)dot__at(slot->state[k], lane) + i : NULL;
+    rule((float *)(void *)dot__at(slot->tensor, lane) + i, (float *)(void *)dot__at(slot->tensor->grad, lane) + i, s, n, h, sums);
+}
+
+/* ---- rules with numbers of the whole optimizer: `sum` over all parameters; `all` is kept between steps, for each group ---- */
+
+static void dot__polyak(const dot__numbers *o, double lr, double loss, const double *sum, double *all)
+{
+    double square = sum[0] + o->eps, step = square > DBL_EPSILON ? (loss - o->lower_bound) / square : 0;
+    all[0] = step < lr ? step : lr;
+}
+
+/* all: d, its maximum, the numerator, d of this step, the denominator. */
+static void dot__estimate_distance(dot__rule rule, const dot__numbers *o, const double *sum, double *all)
+{
+    bool prodigy = rule == DOT__RULE_PRODIGY;
+    double beta = prodigy && o->beta3 > 0 ? o->beta3 : sqrt(o->beta2), share = prodigy ? 1 : 1 - beta;
+    all[3] = all[0];
+    all[4] = sum[1];
+    all[2] = beta * all[2] + share * sum[0];
+    if (sum[1] == 0) return;
+    double d = (prodigy ? o->d_coef : 1) * all[2] / (share * sum[1]);
+    if (d > all[0]) all[0] = d;
+}
+
+/* all: distance (DoWG: its square), the step, weighted sum of squares. */
+static void dot__distance_over_gradients(dot__rule rule, const dot__numbers *o, bool first, const double *sum, double *all)
+{
+    bool weighted = rule == DOT__RULE_DOWG;
+    double distance = weighted ? sum[0] : sqrt(sum[0]);
+    if (first) all[0] = weighted ? o->r_eps : o->r_eps * (1 + sqrt(sum[2]));
+    if (distance > all[0]) all[0] = distance;
+    all[2] += weighted ? all[0] * sum[1] : sum[1];
+    all[1] = all[0] / (weighted ? sqrt(all[2]) + o->eps : sqrt(all[2] + o->eps));
+}
+
+/* all: the step, the mean loss. sum[2] is the mean of <g, theta>. */
+static void dot__momo(dot__rule rule, const dot_optimizer_options *f, const dot__numbers *o, double lr, double loss, double t,
+                      const double *sum, double *all)
+{
+    bool adam = rule == DOT__RULE_MOMO_ADAM;
+    double beta = !adam && t == 1 ? 0 : o->beta1, corrected = adam ? 1 - pow(o->beta1, t) : 1;
+    double prox = f->decay == DOT_DECAY_PROX ? 1 + lr * o->weight_decay : 1;
+    all[1] = beta * all[1] + (1 - beta) * loss;
+    double gap = prox * (all[1] - corrected * o->lower_bound - sum[2]) + sum[1];
+    all[0] = sum[0] > 0 && gap > 0 ? gap / sum[0] : 0;
+    if (all[0] > lr / corrected) all[0] = lr / corrected;
+}
+
+static void dot__rule_over_all(const dot_optimizer *opt, int group, int lane, const double *sum)
+{
+    const dot__numbers *o = dot__hypers(opt, group, lane);
+    double lr = o->lr * opt->multiplier, loss = opt->loss[lane], *all = opt->memory_all + (group * opt->ctx->lanes + lane) * DOT__MEMORY_ALL;
+    switch (opt->rule) {
+    case DOT__RULE_POLYAK_SGD: dot__polyak(o, lr, loss, sum, all); break;
+    case DOT__RULE_PRODIGY: case DOT__RULE_DADAPT_ADAM: dot__estimate_distance(opt->rule, o, sum, all); break;
+    case DOT__RULE_DOG: case DOT__RULE_DOWG: dot__distance_over_gradients(opt->rule, o, opt->steps == 0, sum, all); break;
+    case DOT__RULE_MOMO: case DOT__RULE_MOMO_ADAM:
+        dot__momo(opt->rule, &opt->options, o, lr, loss, (double)opt->steps + 1, sum, all); break;
+    default: break;
+    }
+}
+
+/* A parameter that has no gradient in this step is still some way from where it began. */
+static void dot__resting_sums(const dot_optimizer *opt, const dot__slot *slot, int lane, double *sum)
+{
+    const dot_tensor *w = slot->tensor;
+    for (int64_t i = 0; i < w->size && slot->state[0]; ++i) {
+        double theta = dot__load(dot__at(slot->tensor, lane), w->dtype, i);
+        double away = slot->t > 0 ? theta - dot__load(dot__at(slot->state[0], lane), w->dtype, i) : 0;
+        sum[0] += away * away;
+        sum[2] += theta * theta;
+    }
+}
+
+static void dot__over_all(dot_optimizer *opt)
+{
+    dot_context *ctx = opt->ctx;
+    bool momo = opt->rule == DOT__RULE_MOMO || opt->rule == DOT__RULE_MOMO_ADAM;
+    bool distance = opt->rule == DOT__RULE_DOG || opt->rule == DOT__RULE_DOWG;
+    for (int lane = 0; lane < ctx->lanes; ++lane) {
+        double sum[DOT__SUMS] = { 0 };
+        if (ctx->lane_stopped[lane]) continue;
+        for (int i = 0; i < opt->active; ++i) {
+            dot__slot *slot = opt->active_slot[i];
+            double own[DOT__SUMS] = { 0 }, *mean = slot->memory + lane * DOT__MEMORY;
+            double beta = slot->t == 1 && opt->rule == DOT__RULE_MOMO ? 0 : dot__hypers(opt, slot->group, lane)->beta1;
+            dot__slot_sums(opt, slot, lane, own);
+            if (momo) own[2] = *mean = beta * *mean + (1 - beta) * own[2];
+            for (int k = 0; k < DOT__SUMS; ++k) sum[k] += own[k];
+        }
+        for (int i = 0; i < opt->slots && distance && opt->options.state == DOT_STATE_FULL; ++i)
+            if (!opt->slot[i].tensor->has_grad) dot__resting_sums(opt, &opt->slot[i], lane, sum);
+        for (int group = 0; group < opt->groups; ++group) dot__rule_over_all(opt, group, lane, sum);
+    }
+}
+
+static bool dot__rule_step(dot_optimizer *opt)
+{
+    dot_context *ctx = opt->ctx;
+    bool measured = opt->options.cautious || (opt->states & (DOT__PER_TENSOR | DOT__OVER_ALL));
+    dot__mark mark = dot__scratch_begin(ctx);
+    dot__step_job job;
+    job.opt = opt;
+    job.measure = measured;
+    job.final = false;
+    opt->sums = NULL;
+    opt->scalars = (dot__scalars *)dot__step_alloc(ctx, (size_t)opt->active * (size_t)ctx->lanes * sizeof(dot__scalars));
+    if (measured) opt->sums = (double *)dot__step_alloc(ctx, (size_t)opt->pieces * (size_t)ctx->lanes * DOT__SUMS * sizeof(double));
+    if (!opt->scalars || (measured && !opt->sums)) return false;
+    for (int i = 0; i < opt->active; ++i) opt->active_slot[i]->t++;
+    if (measured) {
+        dot__parallel(ctx, true, opt->active, dot__prepare_piece, &job);
+        dot__parallel(ctx, true, opt->pieces, dot__rule_piece, &job);
+    }
+    if (opt->states & DOT__OVER_ALL) dot__over_all(opt);
+    job.measure = false;
+    job.final = true;
+    dot__parallel(ctx, true, opt->active, dot__prepare_piece, &job);
+    dot__parallel(ctx, true, opt->pieces, dot__rule_piece, &job);
+    dot__scratch_end(ctx, mark);
+    return true;
 }
 
 /* ---- Adafactor: moments of rows and columns, RMS of the update, then the update ----
@@ -6810,7 +7779,7 @@ static void dot__factor_combine_##S(void *argument, int lane, int64_t index) \
     dot__slot *slot = opt->active_slot[index]; \
     dot__factor_scratch f = dot__factor_views(slot, lane); \
     const dot_optimizer_options *o = &opt->options; \
-    double beta2 = dot__factor_beta2(opt, slot), theta = 0, lr = dot__hypers(opt, slot, lane)[DOT_HYPER_LR], sum = 0; \
+    double beta2 = dot__factor_beta2(opt, slot), theta = 0, lr = dot__hypers(opt, slot->group, lane)->lr, sum = 0; \
     for (int64_t b = 0; b < slot->blocks; ++b) theta += f.theta[b]; \
     theta = sqrt(theta / (double)slot->tensor->size); \
     if (o->relative_step && 1 / sqrt((double)slot->t) < lr) lr = 1 / sqrt((double)slot->t); \
@@ -6838,7 +7807,7 @@ static void dot__factor_update_##S(const dot_optimizer *opt, int lane, int64_t p
     T *w = (T *)dot__at(slot->tensor, lane) + row * n, *m = slot->state[2] ? (T *)dot__at(slot->state[2], lane) + row * n : NULL; \
     const T *g = (T *)dot__at(slot->tensor->grad, lane) + row * n, *r = (T *)dot__at(slot->state[0], lane); \
     const T *c = slot->factored ? (T *)dot__at(slot->state[1], lane) : NULL; \
-    double sum = 0, scale = apply ? *f.alpha * *f.shrink : 1, beta1 = dot__hypers(opt, slot, lane)[DOT_HYPER_BETA1]; \
+    double sum = 0, scale = apply ? *f.alpha * *f.shrink : 1, beta1 = dot__hypers(opt, slot->group, lane)->beta1; \
     for (rows += row; row < rows; ++row, w += n, g += n) { \
         double base = c ? (double)r[row] / *f.mean : (double)r[row]; \
         for (int64_t j = 0; j < n; ++j) { \
@@ -6890,25 +7859,94 @@ static bool dot__factor_step(dot_optimizer *opt)
     return true;
 }
 
+/* Gaussian noise of variance eta / t^gamma on every gradient (Neelakantan et al. 2015). */
+static void dot__noise_piece(void *argument, int lane, int64_t piece)
+{
+    dot_optimizer *opt = (dot_optimizer *)argument;
+    const dot__slot *slot = dot__slot_of_piece(opt, piece);
+    const dot__numbers *o = dot__hypers(opt, slot->group, lane);
+    double deviation = sqrt(o->eta / pow((double)slot->t + 1, o->gamma));
+    int64_t n, i = dot__part(slot->tensor->size, piece - slot->first_piece, DOT__PIECE, &n);
+    uint64_t stream = DOT__STREAM_NOISE | (uint64_t)slot->index << 40 | (uint64_t)slot->t;
+    void *g = dot__at(slot->tensor->grad, lane);
+    for (n += i; i < n; ++i)
+        dot__store(g, slot->tensor->dtype, i, dot__load(g, slot->tensor->dtype, i)
+                   + deviation * dot_random_normal(opt->ctx->lane_seeds[lane], stream, (uint64_t)i));
+}
+
+static bool dot__step_ok(dot_optimizer *opt, double multiplier)
+{
+    bool needs_loss = opt->rule == DOT__RULE_POLYAK_SGD || opt->rule == DOT__RULE_MOMO || opt->rule == DOT__RULE_MOMO_ADAM;
+    if (!dot__finite(multiplier) || multiplier < 0)
+        dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_optimizer_step: multiplier %g, expected 0 or more", multiplier);
+    else if (opt->averaged)
+        dot__fail(opt->ctx, DOT_ERROR_STATE, "dot_optimizer_step: the averaged point stands in the parameters, expected "
+                  "dot_optimizer_averaged(optimizer, false) first");
+    else if (needs_loss && !opt->has_loss)
+        dot__fail(opt->ctx, DOT_ERROR_STATE, "dot_optimizer_step: %s needs the loss of the step, expected dot_optimizer_loss first",
+                  dot_algorithm_name(opt->options.algorithm));
+    else return true;
+    return false;
+}
+
 bool dot_optimizer_step(dot_optimizer *opt, double multiplier)
 {
-    if (!opt || !dot_ok(opt->ctx)) return false;
-    if (!dot__finite(multiplier) || multiplier < 0) {
-        dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_optimizer_step: multiplier %g, expected 0 or more", multiplier);
-        return false;
-    }
+    if (!opt || !dot_ok(opt->ctx) || !dot__step_ok(opt, multiplier)) return false;
     opt->ctx->function = "dot_optimizer_step";
     opt->multiplier = multiplier;
     dot__select(opt, false, opt->factored);
-    if (opt->factored) {
-        if (!dot__factor_step(opt)) return false;
-    } else {
-        for (int i = 0; i < opt->active; ++i) opt->active_slot[i]->t++;
-        dot__parallel(opt->ctx, true, opt->pieces, dot__rule_piece, opt);
-    }
+    if (opt->rule == DOT__RULE_NOISY_SGD) dot__parallel(opt->ctx, true, opt->pieces, dot__noise_piece, opt);
+    if (!(opt->factored ? dot__factor_step(opt) : dot__rule_step(opt))) return false;
     opt->steps++;
+    opt->has_loss = false;
     for (int lane = 0; lane < opt->ctx->lanes; ++lane) opt->clip[lane] = 1;
     return dot_zero_grad(opt->layer);
+}
+
+/* Schedule-free (Defazio et al. 2024): y = (1 - beta1) z + beta1 x is trained, z is state 0, hence x = y + (1 - 1/beta1) (z - y). */
+static bool dot__average_slot(dot_optimizer *opt, dot__slot *slot)
+{
+    dot_tensor *w = slot->tensor;
+    if (!slot->average && !(slot->average = dot__persistent_tensor(opt->ctx, w->dtype, 1, &w->size, w->size))) return false;
+    for (int lane = 0; lane < opt->ctx->lanes; ++lane) {
+        double share = slot->t > 0 ? 1 - 1 / dot__hypers(opt, slot->group, lane)->beta1 : 0;
+        memcpy(dot__at(slot->average, lane), dot__at(w, lane), (size_t)w->size * dot_dtype_size(w->dtype));
+        for (int64_t i = 0; i < w->size; ++i) {
+            double y = dot__load(dot__at(w, lane), w->dtype, i), z;
+            float decoded;
+            if (opt->options.state == DOT_STATE_FULL) z = dot__load(dot__at(slot->state[0], lane), w->dtype, i);
+            else {
+                dot__state_decode(opt->options.state, opt->code, (uint8_t *)dot__at(slot->state[0], lane), w->size, i, 1, &decoded);
+                z = (double)decoded;
+            }
+            dot__store(dot__at(w, lane), w->dtype, i, y + share * (z - y));
+        }
+    }
+    return true;
+}
+
+static void dot__restore_slot(dot__slot *slot)
+{
+    for (int lane = 0; lane < slot->tensor->ctx->lanes; ++lane)
+        memcpy(dot__at(slot->tensor, lane), dot__at(slot->average, lane), (size_t)slot->tensor->size * dot_dtype_size(slot->tensor->dtype));
+}
+
+bool dot_optimizer_averaged(dot_optimizer *opt, bool on)
+{
+    if (!opt || !dot_ok(opt->ctx)) return false;
+    if (opt->rule != DOT__RULE_SCHEDULE_FREE_SGD && opt->rule != DOT__RULE_SCHEDULE_FREE_ADAMW) return true;
+    if (on == opt->averaged) return true;
+    opt->ctx->function = "dot_optimizer_averaged";
+    for (int i = 0; i < opt->slots; ++i) {
+        dot__slot *slot = &opt->slot[i];
+        if (on && !dot__average_slot(opt, slot)) {
+            while (i-- > 0) dot__restore_slot(&opt->slot[i]);
+            return false;
+        }
+        if (!on) dot__restore_slot(slot);
+    }
+    opt->averaged = on;
+    return true;
 }
 
 /* ==== [10 schedules] =============================================================================== */
@@ -8597,22 +9635,26 @@ typedef struct dot__training {
 } dot__training;
 
 /* The names of an algorithm's states are PyTorch's, where it has them. */
-static const char *dot__state_name(const dot_optimizer *opt, const dot__slot *slot, int state)
+static const char *dot__state_name(const dot_optimizer *opt, const dot__slot *slot, int state, char *out)
 {
-    static const char *const names[3][DOT__STATES] = { { "momentum_buffer", "", "" }, { "exp_avg", "exp_avg_sq", "" },
-                                                       { "row_var", "col_var", "exp_avg" } };
-    if (opt->factored && !slot->factored && state == 0) return "variance";
-    return names[opt->factored ? 2 : opt->rule == DOT__RULE_ADAM ? 1 : 0][state];
+    static const char *const factored[] = { "row_var", "col_var", "exp_avg", "" };
+    if (opt->factored) return !slot->factored && state == 0 ? "variance" : factored[state];
+    const char *name = opt->rule < DOT__RULE_COUNT ? dot__rule_names[opt->rule] : "";
+    for (int i = 0; i < state && name; ++i) name = strchr(name, ',') ? strchr(name, ',') + 1 : NULL;
+    if (!name || !*name) snprintf(out, DOT_MAX_NAME, "state%d", state);
+    else snprintf(out, DOT_MAX_NAME, "%.*s", (int)strcspn(name, ","), name);
+    return out;
 }
 
 static void dot__list_slot(dot__list *list, dot_optimizer *opt, dot__slot *slot)
 {
-    for (int i = 0; i < DOT__STATES; ++i) {
+    for (int i = 0; i < DOT_MAX_STATES; ++i) {
         dot_tensor *t = slot->state[i];
+        char name[DOT_MAX_NAME];
         if (!t) continue;
         const dot__parameter *p = slot->parameter;
-        bool whole = !opt->factored || i == 2;          /* one value for each of the parameter's: in its shape */
-        dot__list_add(list, slot->name, dot__state_name(opt, slot, i), t->dtype, whole ? p->rank : 1, whole ? p->shape : &t->size,
+        bool whole = t->dtype != DOT_U8 && (!opt->factored || i == 2);  /* one value for each of the parameter's: in its shape */
+        dot__list_add(list, slot->name, dot__state_name(opt, slot, i, name), t->dtype, whole ? p->rank : 1, whole ? p->shape : &t->size,
                       whole ? &p->layout : NULL, t->size, dot__at(t, list->lane), t);
     }
 }
@@ -8637,6 +9679,7 @@ static bool dot__list_training(dot__list *list, void *user)
     dot__list_add(list, "counters", NULL, DOT_I64, 1, &t->counter_count, NULL, t->counter_count, t->counters, NULL);
     dot__list_add(list, "stopped", NULL, DOT_U8, 1, &lane_count, NULL, lane_count, t->stopped, NULL);
     dot__list_add(list, "hyperparameters", NULL, DOT_F64, 3, hypers, NULL, hypers[0] * hypers[1] * hypers[2], opt->hypers, NULL);
+    dot__list_add(list, "memory", NULL, DOT_F64, 1, &opt->memory_count, NULL, opt->memory_count, opt->memory, NULL);
     return true;
 }
 

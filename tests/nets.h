@@ -23,6 +23,40 @@ UNUSED static bool quick(void)
     return getenv("DOTOPT_TEST_QUICK") != NULL;
 }
 
+/* A rule that the library does not have, for DOT_CUSTOM: the sign of the momentum, and a count of the steps as second state. */
+UNUSED static void update_by_sign(void *user, const dot_rule_range *r)
+{
+    (void)user;
+    for (int64_t i = 0; i < r->count; ++i) {
+        bool wide = r->dtype == DOT_F64;
+        double theta = wide ? ((double *)r->theta)[i] : (double)((float *)r->theta)[i];
+        double g = wide ? ((const double *)r->gradient)[i] : (double)((const float *)r->gradient)[i];
+        double m = wide ? ((double *)r->state[0])[i] : (double)((float *)r->state[0])[i];
+        g = g * r->gradient_scale + r->l2 * theta;
+        m = 0.9 * m + 0.1 * g;
+        theta = r->keep * theta - r->lr * (m > 0 ? 1 : m < 0 ? -1 : 0);
+        if (wide) {
+            ((double *)r->theta)[i] = theta;
+            ((double *)r->state[0])[i] = m;
+            ((double *)r->state[1])[i] += 1;
+        } else {
+            ((float *)r->theta)[i] = (float)theta;
+            ((float *)r->state[0])[i] = (float)m;
+            ((float *)r->state[1])[i] += 1;
+        }
+    }
+}
+
+/* An algorithm's defaults, with that rule where it is DOT_CUSTOM. */
+UNUSED static dot_optimizer_options optimizer_defaults(dot_algorithm algorithm)
+{
+    static const dot_rule by_sign = { "sign-of-momentum", 2, update_by_sign, NULL };
+    dot_optimizer_options o = dot_optimizer_defaults(algorithm);
+    if (algorithm == DOT_CUSTOM)
+        o.rule = &by_sign;
+    return o;
+}
+
 UNUSED static const char *scratch_folder(void)
 {
     const char *folder = getenv("TMPDIR");

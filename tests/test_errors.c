@@ -1296,8 +1296,8 @@ static void test_optimizer_create(void **state)
     o = dot_optimizer_defaults(DOT_ALGORITHMS);
     FAILS(ARGUMENT, "", dot_optimizer_create(f->ctx, f->net, &o));
     o = dot_optimizer_defaults(DOT_ADAM);
-    o.decay = (dot_decay)4;
-    FAILS(ARGUMENT, "4", dot_optimizer_create(f->ctx, f->net, &o));
+    o.decay = (dot_decay)8;
+    FAILS(ARGUMENT, "8", dot_optimizer_create(f->ctx, f->net, &o));
     o.decay = (dot_decay)-1;
     FAILS(ARGUMENT, "", dot_optimizer_create(f->ctx, f->net, &o));
 

@@ -1,0 +1,294 @@
+/* Every optimizer against golden trajectories: 200 steps over tensors of every rank, with the learning rate changing at each step.
+   golden/make_training.py and golden/make_optimizers.py make them, with PyTorch, optax and formulas transcribed from the papers.
+
+   usage: test_optimizers             all tests
+          test_optimizers --table     the README's table of optimizers, measured now */
+#include <float.h>
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define DOTOPT_IMPLEMENTATION
+#include "dotopt.h"
+
+#include <cmocka.h>
+
+#define GOLDEN "tests/golden/training.safetensors"
+#define GOLDEN_OPTIMIZERS "tests/golden/optimizers.safetensors"
+#include "golden.h"
+
+static dot_safetensors *training_file, *optimizers_file;
+
+/* ---- trajectories --------------------------------------------------------------------------------------------------- */
+
+/* Parameters of every rank, one of them empty, under a loss that is linear in them: sum(theta * g). */
+enum { TENSORS = 6, RUN = 200, ELEMENTS = 1 + 7 + 15 + 120 + 108, LARGEST = 120 };
+static const struct { const char *name; int rank; int64_t shape[4]; int64_t count; } probe[TENSORS] = {
+    { "p0", 0, { 0 }, 1 },        { "p1", 1, { 7 }, 7 },             { "p2", 2, { 5, 3 }, 15 },
+    { "p3", 2, { 3, 40 }, 120 },  { "p4", 4, { 4, 3, 3, 3 }, 108 },  { "p5", 1, { 0 }, 0 }
+};
+static const int checkpoints[] = { 1, 2, 10, 50, 200 };
+
+static bool has_tiny(const settings *s)
+{
+    return strcmp(s->stream, "plain") != 0 && !s->no_tiny;
+}
+
+static bool has_gradient(const settings *s, int p, int t)
+{
+    return !s->skip || (t + p) % 3 != 0;
+}
+
+/* One element of the gradient of step t; `gradient` in make_training.py says what it is made of. */
+static double gradient(const settings *s, int p, uint32_t i, int t)
+{
+    static const struct { uint32_t modulus, rest; double size; } tiny[] = {
+        { 11, 7, 1e-300 }, { 11, 3, 0x1p-122 }, { 13, 5, 1e-308 }   /* an element of two kinds is of the first */
+    };
+    uint32_t stream = (uint32_t)(100 + 8 * t + p), h = hash32(stream, i);
+    double u = uniform(stream, i), g = h % 8 == 0 ? 0 : ldexp(2 * u - 1, (int)(i % 9) - 4);
+    if (strcmp(s->stream, "plain") == 0)
+        return g * (t % 2 ? 4.0 : 0.0625);
+    if (i % 11 == 9)
+        return 0;
+    for (int k = 0; has_tiny(s) && k < COUNT(tiny); ++k)
+        if (i % tiny[k].modulus == tiny[k].rest)
+            return (1 + u) * tiny[k].size;
+    double spike = strcmp(s->stream, "extreme") == 0 ? (double)1e20f : 1e8;
+    return i % 17 == 2 && h % 32 == 1 ? u < 0.5 ? -spike : spike : g;
+}
+
+static dot_tensor *forward_nothing(void *user, dot_layer *layer, dot_tensor *x)
+{
+    (void)user;
+    (void)layer;
+    return x;
+}
+
+static dot_layer *probe_layer(dot_context *ctx, const settings *s, dot_tensor *tensors[TENSORS], double *theta)
+{
+    dot_layer *layer = dot_nn_custom(ctx, "probe", forward_nothing, NULL);
+    for (int p = 0; p < TENSORS; ++p) {
+        tensors[p] = dot_layer_add_parameter(layer, probe[p].name, DOT_KIND_WEIGHT, probe[p].rank, probe[p].shape);
+        require(ctx, tensors[p] != NULL, "dot_layer_add_parameter");
+        for (int64_t i = 0; i < probe[p].count; ++i) {
+            bool zero = has_tiny(s) && (i % 11 == 3 || i % 11 == 7 || i % 13 == 5);
+            theta[i] = zero ? 0 : 2 * uniform((uint32_t)(50 + p), (uint32_t)i) - 1;
+        }
+        require(ctx, dot_parameter_set(layer, probe[p].name, DOT_ALL, theta, probe[p].count), "dot_parameter_set");
+        theta += probe[p].count;
+    }
+    return layer;
+}
+
+/* The step's backward pass; `given` receives the gradients as the context's type holds them. */
+static void probe_backward(dot_context *ctx, const settings *s, dot_tensor *tensors[TENSORS], int t, double *given)
+{
+    bool single = dot_tensor_dtype(tensors[0]) == DOT_F32;
+    dot_tensor *loss = NULL;
+    dot_step_begin(ctx);
+    for (int p = 0; p < TENSORS; given += probe[p++].count) {
+        double wide[LARGEST];
+        float narrow[LARGEST];
+        bool has = has_gradient(s, p, t);
+        for (int64_t i = 0; i < probe[p].count; ++i) {
+            wide[i] = gradient(s, p, (uint32_t)i, t);
+            narrow[i] = (float)wide[i];
+            given[i] = !has ? 0 : single ? (double)narrow[i] : wide[i];
+        }
+        if (!has)
+            continue;
+        dot_tensor *g = dot_input(ctx, single ? DOT_F32 : DOT_F64, probe[p].rank, probe[p].shape,
+                                  single ? (const void *)narrow : (const void *)wide);
+        dot_tensor *term = dot_sum(dot_mul(tensors[p], g), DOT_ALL_AXES, false);
+        loss = loss ? dot_add(loss, term) : term;
+    }
+    require(ctx, dot_backward(loss), "dot_backward");
+}
+
+/* The gradients that the library holds are those given, to the bit. */
+static bool check_gradients(dot_layer *layer, const double *given, const char *name, int t)
+{
+    for (int p = 0; p < TENSORS; given += probe[p++].count) {
+        double held[LARGEST];
+        if (!dot_parameter_grad(layer, probe[p].name, 0, held, probe[p].count)) {
+            print_error("%s: dot_parameter_grad of %s at step %d\n", name, probe[p].name, t);
+            return false;
+        }
+        for (int64_t i = 0; i < probe[p].count; ++i)
+            if (held[i] != given[i]) {
+                print_error("%s: gradient of %s[%d] at step %d is %g, not %g\n", name, probe[p].name, (int)i, t,
+                            held[i], given[i]);
+                return false;
+            }
+    }
+    return true;
+}
+
+
+/* theta against the golden checkpoint. Errors are relative to the largest that an element has been: a sum that passes
+   through zero keeps the rounding errors of its past. Denormals have an absolute precision, some roundings of the smallest
+   one each step; a momentum of 0.9 keeps each of them for ten steps. */
+/* In float32; wider for the rules whose step is a quotient of sums over all parameters, which carries their rounding everywhere. */
+static double single_bound;
+
+static double single_bound_of(dot_algorithm algorithm)
+{
+    return algorithm == DOT_PRODIGY || algorithm == DOT_DADAPT_ADAM || algorithm == DOT_DOWG ? 1e-5 : 2e-6;
+}
+
+static bool check_theta(dot_layer *layer, dot_dtype dtype, const double *expected, double *scale, const char *name, int t,
+                        double *worst)
+{
+    double ours[ELEMENTS], *next = ours;
+    for (int p = 0; p < TENSORS; next += probe[p++].count)
+        if (!dot_parameter_get(layer, probe[p].name, 0, next, probe[p].count))
+            return false;
+    for (int i = 0; i < ELEMENTS; ++i)
+        scale[i] = fmax(scale[i], fabs(expected[i]));
+    for (int i = 0; i < ELEMENTS; ++i)
+        if (scale[i] > 1e-30)
+            *worst = fmax(*worst, fabs(ours[i] - expected[i]) / scale[i]);
+    char at[16];
+    snprintf(at, sizeof at, " step %d", t);
+    bool single = dtype == DOT_F32;
+    return agree(join(name, single ? " float32" : " float64", at), ours, expected, scale, ELEMENTS,
+                 single ? single_bound * sqrt(t) : 1e-12, ldexp(20 * (t + 1), single ? -149 : -1074));
+}
+
+/* Clips, and checks the norm that is reported. */
+static bool check_clip(dot_optimizer *optimizer, double max_norm, double expected, dot_dtype dtype, const char *name)
+{
+    double norms[3];
+    norms[0] = dot_grad_norm(optimizer, 0);
+    norms[1] = dot_clip_grad_norm(optimizer, max_norm);
+    norms[2] = dot_grad_norm(optimizer, 0);     /* still the norm before clipping */
+    double three[3] = { expected, expected, expected };
+    return agree(join(name, " norm", ""), norms, three, NULL, 3, dtype == DOT_F32 ? 2e-6 : 1e-12, 0);
+}
+
+/* The loss that the rules are told that ask for it. */
+static dot_tensor *loss_of_step(dot_context *ctx, int t)
+{
+    double value = 2 + 10 * uniform(41, (uint32_t)t);
+    return dot_input(ctx, DOT_F64, 0, NULL, &value);
+}
+
+static bool run_trajectory(const char *prefix, const char *name, const settings *s, dot_dtype dtype, double *worst)
+{
+    dot_tensor *tensors[TENSORS];
+    double scale[ELEMENTS], given[ELEMENTS], zeros[ELEMENTS] = { 0 };
+    dot_context *ctx = context_of(dtype, 0);
+    dot_layer *layer = probe_layer(ctx, s, tensors, scale);
+    dot_optimizer *optimizer = dot_optimizer_create(ctx, layer, &s->optimizer);
+    require(ctx, optimizer != NULL, name);
+    for (int i = 0; i < ELEMENTS; ++i)
+        scale[i] = fabs(scale[i]);
+    int64_t count;
+    const char *norms_name = join(prefix, name, ".norms");
+    double *norms = golden_has(norms_name) ? golden(norms_name, &count) : NULL;
+    double *expected = golden(join(prefix, name, ""), &count);
+    assert_int_equal(count, COUNT(checkpoints) * ELEMENTS);
+    bool good = true, needs_loss = strstr(dot_algorithm_name(s->optimizer.algorithm), "polyak") ||
+                                   strstr(dot_algorithm_name(s->optimizer.algorithm), "momo");
+    for (int t = 1, next = 0; t <= RUN && good; ++t) {
+        probe_backward(ctx, s, tensors, t, given);
+        good = check_gradients(layer, given, name, t);
+        if (s->clip > 0)
+            good = check_clip(optimizer, s->clip, norms[t - 1], dtype, name) && good;
+        if (t == 1 || t == 101)
+            dot_optimizer_set(optimizer, DOT_HYPER_DECAY_PERIOD, 0, DOT_ALL, t == 1 ? 37 : 74);
+        if (needs_loss)
+            require(ctx, dot_optimizer_loss(optimizer, loss_of_step(ctx, t)), name);
+        require(ctx, dot_optimizer_step(optimizer, multiplier(t)), name);
+        if (t == checkpoints[next])
+            good = check_theta(layer, dtype, expected + ELEMENTS * next++, scale, name, t, worst) && good;
+    }
+    good = good && check_gradients(layer, zeros, name, RUN) && dot_optimizer_steps(optimizer) == RUN;
+    free(expected);
+    free(norms);
+    dot_context_destroy(ctx);
+    return good;
+}
+
+/* ---- all of them ------------------------------------------------------------------------------------------------------ */
+
+/* The worst relative error of each algorithm, by type, over its runs. */
+static double worst_error[DOT_ALGORITHMS][2];
+static int runs_of[DOT_ALGORITHMS];
+
+static int run_all(const char *prefix, const char *list, dot_algorithm algorithm, dot_dtype dtype)
+{
+    char name[FIELD_SIZE];
+    int failures = 0;
+    while (next_word(&list, ' ', name)) {
+        settings s = settings_of(join(prefix, name, ""));
+        if (!s.known || s.optimizer.algorithm != algorithm || (s.f64_only && dtype != DOT_F64))
+            continue;
+        runs_of[algorithm] += dtype == DOT_F64;
+        if (!run_trajectory(prefix, name, &s, dtype, &worst_error[algorithm][dtype == DOT_F64]))
+            ++failures;
+    }
+    return failures;
+}
+
+static int run_algorithm(dot_algorithm algorithm, dot_dtype dtype)
+{
+    golden_file = training_file;
+    int failures = run_all("trajectory.", golden_text("trajectories"), algorithm, dtype);
+    golden_file = optimizers_file;
+    failures += run_all("optimizer.", golden_text("optimizers"), algorithm, dtype);
+    return failures;
+}
+
+static void test_trajectories(void **state)
+{
+    dot_algorithm algorithm = (dot_algorithm)(intptr_t)*state;
+    const char *name = dot_algorithm_name(algorithm);
+    single_bound = single_bound_of(algorithm);
+    int failures = run_algorithm(algorithm, DOT_F64) + run_algorithm(algorithm, DOT_F32);
+    print_message("# %s: %d runs, worst error %.1e in float64, %.1e in float32\n", name, runs_of[algorithm], worst_error[algorithm][1],
+                  worst_error[algorithm][0]);
+    if (runs_of[algorithm] == 0)
+        fail_msg("%s: no golden trajectory", name);
+    if (failures)
+        fail_msg("%s: %d trajectories failed", name, failures);
+}
+
+/* ---- main ------------------------------------------------------------------------------------------------------------- */
+
+static int open_both(void **state)
+{
+    int failed = open_golden(state);
+    training_file = golden_file;
+    optimizers_file = dot_safetensors_open(golden_context, GOLDEN_OPTIMIZERS);
+    if (!optimizers_file)
+        print_error("%s: %s\n", GOLDEN_OPTIMIZERS, dot_error(golden_context));
+    return failed || !optimizers_file ? -1 : 0;
+}
+
+static int close_both(void **state)
+{
+    dot_safetensors_close(optimizers_file);
+    golden_file = training_file;
+    return close_golden(state);
+}
+
+int main(int argc, char **argv)
+{
+    if (argc > 1)
+        cmocka_set_test_filter(argv[1]);
+    static struct CMUnitTest tests[DOT_ALGORITHMS + 16];
+    size_t count = 0;
+    for (int a = 0; a < DOT_ALGORITHMS; ++a)
+        if (a != DOT_CUSTOM) {
+            struct CMUnitTest test = { dot_algorithm_name((dot_algorithm)a), test_trajectories, NULL, NULL, (void *)(intptr_t)a };
+            tests[count++] = test;
+        }
+    return cmocka_run_group_tests_name("optimizers", tests, open_both, close_both);
+}
