@@ -704,27 +704,203 @@ double dot_weight_norm(dot_optimizer *optimizer, int lane);
 
 /* ==== [10 schedules] =============================================================================== */
 
-/* A schedule is a pure function from the step (0, 1, ...) to a multiplier of the base learning rate; it has no
-   state, and is clamped outside its range. */
-typedef enum dot_schedule_kind { DOT_SCHEDULE_CONSTANT, DOT_SCHEDULE_STEP_DROP, DOT_SCHEDULE_COSINE,
-                                 DOT_SCHEDULE_WARM_RESTARTS } dot_schedule_kind;
-typedef struct dot_schedule {
-    dot_schedule_kind kind;
-    int64_t total;              /* steps of the run, or of the first period */
-    double floor;               /* the least multiplier */
-    double factor;              /* step drop: at each milestone; warm restarts: by which periods grow */
-    int64_t milestones[16];
-    int milestone_count;
-} dot_schedule;
+/* A schedule is a pure function from the step (0, 1, ...) to a multiplier of the base learning rate. It has no state to save,
+   is held at its first value before step 0 and at its last one beyond its end, if it has one, and is a plain value: a
+   constructor below makes one, and every field that its kind reads (the last column of the list) may be changed before it is
+   used; another that is changed makes it invalid. Lengths are in steps; for a schedule in epochs, pass step / dot_batches(...)
+   instead of the step.
 
+       dot_schedule s = dot_schedule_one_cycle(total);      the optimizer's lr is then the peak
+       s.div = 10;
+       dot_optimizer_step(opt, dot_schedule_at(&s, step));
+
+   Any other scalar can follow a schedule: set it before the step, from its own base value.
+
+       dot_optimizer_set(opt, DOT_HYPER_WEIGHT_DECAY, DOT_ALL, DOT_ALL, 1e-2 * dot_schedule_at(&grow, step));
+       dot_optimizer_set(opt, DOT_HYPER_BETA1, DOT_ALL, DOT_ALL, dot_schedule_momentum(&s, step));
+       dot_optimizer_set(opt, DOT_HYPER_LR, 1, DOT_ALL, lr1 * dot_schedule_at(&a, step));     groups apart, step multiplier 1
+
+   The list of schedules: X(constant, name, function, description, source, fields it reads). The enum, the names, the rules and
+   the checks all read this list. */
+#define DOT_SCHEDULES(X) \
+    X(DOT_SCHEDULE_CONSTANT, "constant", constant, "fixed", "-", \
+      "") \
+    X(DOT_SCHEDULE_STEP, "step", step, "drops every n steps", "torch StepLR", \
+      "total factor") \
+    X(DOT_SCHEDULE_STEP_DROP, "step-drop", step_drop, "drops at milestones", "torch MultiStepLR", \
+      "factor milestones") \
+    X(DOT_SCHEDULE_EXPONENTIAL, "exponential", exponential, "a little less every step", "torch ExponentialLR", \
+      "factor") \
+    X(DOT_SCHEDULE_RANGE_TEST, "range-test", range_test, "grows exponentially", "Smith 2017", \
+      "total start end") \
+    X(DOT_SCHEDULE_FACTOR, "constant-factor", factor, "a factor, then 1", "torch ConstantLR", \
+      "total factor") \
+    X(DOT_SCHEDULE_LINEAR, "linear", anneal, "straight from start to end", "torch LinearLR", \
+      "total start end slopes") \
+    X(DOT_SCHEDULE_POLYNOMIAL, "polynomial", polynomial, "a power of what is left", "torch PolynomialLR", \
+      "total warmup start floor floor_base power") \
+    X(DOT_SCHEDULE_COSINE, "cosine", cosine, "half a cosine", "Loshchilov, Hutter 2017", \
+      "total warmup start floor floor_base") \
+    X(DOT_SCHEDULE_WARM_RESTARTS, "warm-restarts", warm_restarts, "cosines, longer each time", "Loshchilov, Hutter 2017", \
+      "total factor decay warmup start floor floor_base") \
+    X(DOT_SCHEDULE_WARMUP_LINEAR, "warmup-linear", polynomial, "warm-up, linear decay", "Devlin et al. 2019", \
+      "total warmup start floor floor_base power") \
+    X(DOT_SCHEDULE_WARMUP_COSINE, "warmup-cosine", cosine, "warm-up, half a cosine", "Hugging Face", \
+      "total warmup start floor floor_base") \
+    X(DOT_SCHEDULE_WARMUP_SQRT, "warmup-inverse-sqrt", inverse_sqrt, "warm-up, 1/sqrt decay", "Zhai et al. 2022", \
+      "warmup start scale") \
+    X(DOT_SCHEDULE_NOAM, "noam", noam, "1/sqrt by model width", "Vaswani et al. 2017", \
+      "warmup scale") \
+    X(DOT_SCHEDULE_ONE_CYCLE, "one-cycle", one_cycle, "up, down and far down", "torch OneCycleLR", \
+      "total peak peak_at div final_div three_phase slopes momentum_low momentum_high") \
+    X(DOT_SCHEDULE_CYCLIC, "cyclic", cyclic, "triangles", "torch CyclicLR", \
+      "total down start peak decay factor momentum_low momentum_high") \
+    X(DOT_SCHEDULE_WARMUP_STABLE, "warmup-stable-decay", stable_decay, "up, level, down", "Hu et al. 2024", \
+      "total warmup start down floor floor_base slopes") \
+    X(DOT_SCHEDULE_REX, "rex", rex, "reflected exponential", "Chen et al. 2021", \
+      "total warmup start floor floor_base") \
+    X(DOT_SCHEDULE_TANH, "tanh", tanh, "hyperbolic tangent", "Hsueh et al. 2019", \
+      "total warmup start floor floor_base tanh_from tanh_to") \
+    X(DOT_SCHEDULE_SWA, "swa", anneal, "to a constant, to average", "torch SWALR", \
+      "total start end slopes") \
+    X(DOT_SCHEDULE_SEQUENCE, "sequence", sequence, "one after another", "torch SequentialLR", \
+      "milestones parts") \
+    X(DOT_SCHEDULE_PRODUCT, "product", product, "multiplied", "torch ChainedScheduler", \
+      "parts")
+
+typedef enum dot_schedule_kind {
+#define DOT__ENUM(constant, name, function, description, source, fields) constant,
+    DOT_SCHEDULES(DOT__ENUM)
+#undef DOT__ENUM
+    DOT_SCHEDULE_KINDS
+} dot_schedule_kind;
+
+const char *dot_schedule_name(dot_schedule_kind kind);              /* "warm-restarts"; NULL when out of range */
+const char *dot_schedule_description(dot_schedule_kind kind);
+const char *dot_schedule_source(dot_schedule_kind kind);
+const char *dot_schedule_fields(dot_schedule_kind kind);            /* "total factor": the fields it reads */
+bool        dot_schedule_find(const char *name, dot_schedule_kind *kind);
+
+/* How a slope goes from its beginning (p = 0) to its end (p = 1); the part of the way that is left is: */
+typedef enum dot_slope {
+    DOT_SLOPE_LINEAR,           /* 1 - p */
+    DOT_SLOPE_COSINE,           /* (1 + cos(pi p)) / 2 */
+    DOT_SLOPE_SQRT              /* 1 - sqrt(p)                                          Haegele et al. 2024 */
+} dot_slope;
+
+#define DOT_MAX_MILESTONES 16
+#define DOT_MAX_PARTS 8
+
+typedef struct dot_schedule dot_schedule;
+struct dot_schedule {           /* start, peak, end and floor are multiples of the base learning rate */
+    dot_schedule_kind kind;
+    int64_t total;              /* steps of the run, or of the first period, or of one cycle */
+    double floor;               /* the least multiplier, 0..floor_base; 0 */
+    double factor;              /* step, exponential: gamma; step drop: at each milestone; warm restarts: by which periods grow */
+    int64_t milestones[DOT_MAX_MILESTONES];     /* step drop; sequence: where the next part begins */
+    int milestone_count;
+    int64_t warmup;             /* the first steps, from start to 1 in a straight line; 0 (warm restarts: of each period) */
+    double start, end, peak;    /* 0, 0, 1 */
+    double floor_base;          /* 1: the floor is a ratio. The base learning rate: the floor is a learning rate */
+    double decay;               /* warm restarts, cyclic: the peak's factor at each new period; 1 */
+    double power;               /* polynomial; 1 */
+    int64_t down;               /* steps of the final (cyclic: falling) slope; 0 */
+    int64_t scale;              /* inverse square root: time scale; Noam: width of the model; 1 */
+    dot_slope slopes[3];        /* one-cycle: of each phase; other slopes: the first; DOT_SLOPE_LINEAR */
+    double peak_at;             /* one-cycle: part of the run before the peak; 0.3 */
+    double div, final_div;      /* one-cycle: starts at peak/div, ends at peak/div/final_div; 25, 1e4 */
+    bool three_phase;           /* one-cycle: down to peak/div as fast as up, then to the end; false */
+    double momentum_low, momentum_high;         /* one-cycle 0.85, 0.95; cyclic 0.8, 0.9: at the peak, far from it */
+    double tanh_from, tanh_to;  /* tanh: -6, 3 */
+    const dot_schedule *parts[DOT_MAX_PARTS];   /* sequence, product: yours, must outlive this schedule */
+    int part_count;
+};
+
+/* s: the step; T: total; w: warmup; p = (s - w)/(T - w), 0..1; f: the floor as a ratio. A schedule that reads warmup and
+   start is start + (1 - start) s/w for s < w, and as written from there on; "to f" means f + (1 - f) times what is written.
+   A first update with lr 0 is wasted: start 1/w spares it. */
 dot_schedule dot_schedule_constant(void);                                               /* 1 */
-dot_schedule dot_schedule_step_drop(const int64_t *milestones, int count, double gamma);/* gamma^(milestones <= step) */
-dot_schedule dot_schedule_cosine(int64_t total, double floor);     /* floor + (1-floor)/2 (1 + cos(pi min(step, total)/total)) */
+dot_schedule dot_schedule_step(int64_t every, double gamma);                            /* gamma^floor(s/every) */
+dot_schedule dot_schedule_step_drop(const int64_t *milestones, int count, double gamma);/* gamma^(milestones <= s) */
+dot_schedule dot_schedule_exponential(double gamma);                                    /* gamma^s; gamma > 1 has no bound */
+dot_schedule dot_schedule_constant_factor(int64_t total, double factor);                /* factor for s < T, then 1 */
+dot_schedule dot_schedule_linear(int64_t total, double start, double end);              /* start + (end - start) s/T */
+dot_schedule dot_schedule_polynomial(int64_t total, double power, double floor);        /* (1 - p)^power to f */
+dot_schedule dot_schedule_cosine(int64_t total, double floor);                          /* (1 + cos(pi p))/2 to f */
+dot_schedule dot_schedule_rex(int64_t total, double floor);                             /* (1 - p)/(1 - p/2) to f */
+dot_schedule dot_schedule_tanh(int64_t total, double floor);    /* (1 - tanh(tanh_from (1 - p) + tanh_to p))/2 to f */
+dot_schedule dot_schedule_warmup_linear(int64_t total, int64_t warmup, double floor);   /* (1 - p)^power to f, power 1 */
+dot_schedule dot_schedule_warmup_cosine(int64_t total, int64_t warmup, double floor);   /* (1 + cos(pi p))/2 to f */
+dot_schedule dot_schedule_warmup_inverse_sqrt(int64_t warmup, int64_t timescale);       /* sqrt(timescale/(s - w + timescale));
+                                                                                           usual timescale: w */
+dot_schedule dot_schedule_noam(int64_t warmup, int64_t width);      /* width^-0.5 min((s+1)^-0.5, (s+1) w^-1.5); base lr 1 */
+
+/* The cosine over periods first, first*factor, ...; period i begins at max(decay^i, f), after a warm-up of its own. */
 dot_schedule dot_schedule_warm_restarts(int64_t first, int factor, double floor);
-                                    /* the cosine over periods first, first*factor, ...      Loshchilov, Hutter 2017 (SGDR) */
-double  dot_schedule_at(const dot_schedule *schedule, int64_t step);                    /* NaN for an invalid schedule */
-int64_t dot_schedule_period(const dot_schedule *schedule, int64_t step, int64_t total); /* length of the restart period
-                                    that `step` lies in; `total` for the schedules without restarts */
+
+/* 1 up to step T - down, then the slope to the floor. */
+dot_schedule dot_schedule_warmup_stable_decay(int64_t total, int64_t warmup, int64_t down, dot_slope slope);
+
+/* From start, which is 1, along the slope to end, and there it stays: while weights are averaged. */
+dot_schedule dot_schedule_swa(int64_t total, double end, dot_slope slope);
+
+/* start (end/start)^(s/T): train, and see where the loss is lowest and where it blows up. Smith's is dot_schedule_linear. */
+dot_schedule dot_schedule_range_test(int64_t total, double start, double end);
+
+/* Up from peak/div to the peak at step peak_at T - 1, down to peak/div/final_div at step T - 1; with three_phase down to
+   peak/div at step 2 peak_at T - 2, then to the same end. Cosine slopes. The momentum that belongs to it, dot_schedule_momentum,
+   goes from momentum_high to momentum_low at the peak and back. Differs from PyTorch's only after its end, where that rises.
+   (Smith, Topin 2018; two phases: fastai) */
+dot_schedule dot_schedule_one_cycle(int64_t total);
+
+/* From low to the peak in `up` steps, back in `down` steps, again and again; the height of cycle c is (peak - low) decay^c
+   factor^s. decay 0.5: PyTorch's "triangular2"; factor < 1: "exp_range". momentum_high at the low, momentum_low at the peak. */
+dot_schedule dot_schedule_cyclic(int64_t up, int64_t down, double low);
+
+/* Part 0 up to boundaries[0], then part 1 from its own step 0, ...; count parts, count - 1 rising boundaries > 0. */
+dot_schedule dot_schedule_sequence(const dot_schedule *const *parts, const int64_t *boundaries, int count);
+dot_schedule dot_schedule_product(const dot_schedule *const *parts, int count);     /* 1..8 parts */
+
+double  dot_schedule_at(const dot_schedule *schedule, int64_t step);                /* NaN for an invalid schedule */
+
+/* The momentum (beta1) of a one-cycle or cyclic schedule, also inside a combination; NaN when there is none. */
+double  dot_schedule_momentum(const dot_schedule *schedule, int64_t step);
+
+/* Length of the restart period that `step` lies in, also where warm restarts are part of a combination; it is the
+   period's full length, even if the run or the part ends before. `total` where nothing restarts. */
+int64_t dot_schedule_period(const dot_schedule *schedule, int64_t step, int64_t total);
+
+/* What is wrong with a schedule, by name and value: NULL when nothing is, else a sentence in `buffer` ("invalid" without one). */
+const char *dot_schedule_invalid(const dot_schedule *schedule, char *buffer, size_t size);
+
+/* One-cycle and cyclic schedules pass over the learning rate and momentum that an optimizer was made with. Says so: writes a
+   sentence with the values that will be used, and returns true; "" and false for the others and for invalid schedules. */
+bool dot_schedule_overrides(const dot_schedule *schedule, double lr, double beta1, char *buffer, size_t size);
+
+/* The one schedule with a state: the multiplier falls when a metric has stopped getting better (torch ReduceLROnPlateau). A
+   plain struct: copy or save it whole. To warm up as well, multiply with dot_schedule_at.
+
+       dot_plateau p = dot_plateau_defaults();
+       multiplier = dot_plateau_observe(&p, validation_loss);       after each epoch
+
+   A metric is better when it is below best - threshold |best| (absolute: best - threshold); the first one always is, NaN never.
+   (PyTorch's best (1 - threshold) lets a negative metric get worse.) More than `patience` observations in a row that are
+   not better, and the multiplier becomes max(floor, factor * multiplier), if that lowers it by more than eps; then
+   `cooldown` observations are not counted. floor and eps are multiples of the base learning rate, in PyTorch they are
+   learning rates. */
+typedef struct dot_plateau {
+    uint32_t magic;             /* set by dot_plateau_defaults */
+    bool maximize, absolute;    /* false, false */
+    double threshold;           /* 1e-4 */
+    int64_t patience, cooldown; /* 10, 0 */
+    double factor, floor, eps;  /* 0.1, 0, 1e-8 */
+    double multiplier;          /* 1; state from here on: the present value, */
+    double best;                /* the best metric, NaN before the first, */
+    int64_t bad, cooling;       /* observations since that were not better; still to be passed over */
+} dot_plateau;
+dot_plateau dot_plateau_defaults(void);
+double      dot_plateau_observe(dot_plateau *plateau, double metric);   /* the multiplier; NaN, and no change, when invalid */
+const char *dot_plateau_invalid(const dot_plateau *plateau, char *buffer, size_t size);     /* as dot_schedule_invalid */
 
 /* ==== [11 utilities] =============================================================================== */
 
@@ -7951,6 +8127,53 @@ bool dot_optimizer_averaged(dot_optimizer *opt, bool on)
 
 /* ==== [10 schedules] =============================================================================== */
 
+#define DOT__MAGIC_PLATEAU 0xd07c0010u
+
+#define DOT__SCHEDULE_NAME(constant, name, function, description, source, fields) name,
+#define DOT__SCHEDULE_DESCRIPTION(constant, name, function, description, source, fields) description,
+#define DOT__SCHEDULE_SOURCE(constant, name, function, description, source, fields) source,
+#define DOT__SCHEDULE_FIELDS(constant, name, function, description, source, fields) fields,
+const char *dot_schedule_name(dot_schedule_kind kind)
+{
+    static const char *const names[] = { DOT_SCHEDULES(DOT__SCHEDULE_NAME) };
+    return (unsigned)kind < DOT_SCHEDULE_KINDS ? names[kind] : NULL;
+}
+
+const char *dot_schedule_description(dot_schedule_kind kind)
+{
+    static const char *const descriptions[] = { DOT_SCHEDULES(DOT__SCHEDULE_DESCRIPTION) };
+    return (unsigned)kind < DOT_SCHEDULE_KINDS ? descriptions[kind] : NULL;
+}
+
+const char *dot_schedule_source(dot_schedule_kind kind)
+{
+    static const char *const sources[] = { DOT_SCHEDULES(DOT__SCHEDULE_SOURCE) };
+    return (unsigned)kind < DOT_SCHEDULE_KINDS ? sources[kind] : NULL;
+}
+
+const char *dot_schedule_fields(dot_schedule_kind kind)
+{
+    static const char *const lists[] = { DOT_SCHEDULES(DOT__SCHEDULE_FIELDS) };
+    return (unsigned)kind < DOT_SCHEDULE_KINDS ? lists[kind] : NULL;
+}
+#undef DOT__SCHEDULE_NAME
+#undef DOT__SCHEDULE_DESCRIPTION
+#undef DOT__SCHEDULE_SOURCE
+#undef DOT__SCHEDULE_FIELDS
+
+bool dot_schedule_find(const char *name, dot_schedule_kind *kind)
+{
+    for (int k = 0; name && kind && k < (int)DOT_SCHEDULE_KINDS; ++k)
+        if (strcmp(name, dot_schedule_name((dot_schedule_kind)k)) == 0) {
+            *kind = (dot_schedule_kind)k;
+            return true;
+        }
+    return false;
+}
+
+/* ---- making schedules ---- */
+
+/* Every field has a value that is valid for every kind. */
 static dot_schedule dot__schedule(dot_schedule_kind kind, int64_t total, double floor_, double factor)
 {
     dot_schedule s;
@@ -7959,86 +8182,649 @@ static dot_schedule dot__schedule(dot_schedule_kind kind, int64_t total, double 
     s.total = total;
     s.floor = floor_;
     s.factor = factor;
+    s.peak = s.floor_base = s.decay = s.power = 1;
+    s.scale = 1;
+    s.peak_at = 0.3;
+    s.div = 25;
+    s.final_div = 1e4;
+    s.momentum_low = 0.85;
+    s.momentum_high = 0.95;
+    s.tanh_from = -6;
+    s.tanh_to = 3;
     return s;
 }
 
 dot_schedule dot_schedule_constant(void) { return dot__schedule(DOT_SCHEDULE_CONSTANT, 1, 0, 1); }
+dot_schedule dot_schedule_step(int64_t every, double gamma) { return dot__schedule(DOT_SCHEDULE_STEP, every, 0, gamma); }
+dot_schedule dot_schedule_exponential(double gamma) { return dot__schedule(DOT_SCHEDULE_EXPONENTIAL, 1, 0, gamma); }
 dot_schedule dot_schedule_cosine(int64_t total, double floor) { return dot__schedule(DOT_SCHEDULE_COSINE, total, floor, 1); }
+dot_schedule dot_schedule_rex(int64_t total, double floor) { return dot__schedule(DOT_SCHEDULE_REX, total, floor, 1); }
+dot_schedule dot_schedule_tanh(int64_t total, double floor) { return dot__schedule(DOT_SCHEDULE_TANH, total, floor, 1); }
+
+dot_schedule dot_schedule_constant_factor(int64_t total, double factor)
+{
+    return dot__schedule(DOT_SCHEDULE_FACTOR, total, 0, factor);
+}
 
 dot_schedule dot_schedule_warm_restarts(int64_t first, int factor, double floor)
 {
     return dot__schedule(DOT_SCHEDULE_WARM_RESTARTS, first, floor, (double)factor);
 }
 
-/* More milestones than there is room for make an invalid schedule. */
-dot_schedule dot_schedule_step_drop(const int64_t *milestones, int count, double gamma)
+dot_schedule dot_schedule_polynomial(int64_t total, double power, double floor)
 {
-    dot_schedule s = dot__schedule(DOT_SCHEDULE_STEP_DROP, 1, 0, gamma);
-    s.milestone_count = count;
-    for (int i = 0; milestones && i < count && i < 16; ++i) s.milestones[i] = milestones[i];
-    if (count > 0 && !milestones) s.milestone_count = -1;
+    dot_schedule s = dot__schedule(DOT_SCHEDULE_POLYNOMIAL, total, floor, 1);
+    s.power = power;
     return s;
 }
 
-static bool dot__schedule_ok(const dot_schedule *s)
+/* From start to end along a slope. */
+static dot_schedule dot__anneal(dot_schedule_kind kind, int64_t total, double start, double end, dot_slope slope)
 {
-    return s && (unsigned)s->kind <= DOT_SCHEDULE_WARM_RESTARTS && s->total >= 1 && s->floor >= 0 && s->floor <= 1 && s->factor >= 0
-        && dot__finite(s->factor) && s->milestone_count >= 0 && s->milestone_count <= 16
-        && (s->kind != DOT_SCHEDULE_WARM_RESTARTS || (s->factor >= 1 && s->factor <= 1e6 && s->factor == floor(s->factor)));
+    dot_schedule s = dot__schedule(kind, total, 0, 1);
+    s.start = start;
+    s.end = end;
+    s.slopes[0] = slope;
+    return s;
 }
 
-/* The restart period that a step lies in: its beginning and length. Counted with whole numbers, never with a logarithm,
-   which errs at the restarts themselves. */
-/* `exact` is the length of a period that no longer fits a step number. */
-static int64_t dot__period_of(const dot_schedule *s, int64_t step, int64_t *length, double *exact)
+dot_schedule dot_schedule_linear(int64_t total, double start, double end)
 {
-    int64_t begin = 0, factor = (int64_t)s->factor;
-    *length = s->total;
-    *exact = (double)s->total;
-    if (factor == 1) return step / s->total * s->total;
-    while (step - begin >= *length) {
-        begin += *length;
-        *exact = (double)*length * (double)factor;
-        *length = *length > INT64_MAX / factor ? INT64_MAX : *length * factor;
+    return dot__anneal(DOT_SCHEDULE_LINEAR, total, start, end, DOT_SLOPE_LINEAR);
+}
+
+dot_schedule dot_schedule_swa(int64_t total, double end, dot_slope slope)
+{
+    return dot__anneal(DOT_SCHEDULE_SWA, total, 1, end, slope);
+}
+
+dot_schedule dot_schedule_range_test(int64_t total, double start, double end)
+{
+    return dot__anneal(DOT_SCHEDULE_RANGE_TEST, total, start, end, DOT_SLOPE_LINEAR);
+}
+
+static dot_schedule dot__warmup(dot_schedule_kind kind, int64_t total, int64_t warmup, double floor_, int64_t scale)
+{
+    dot_schedule s = dot__schedule(kind, total, floor_, 1);
+    s.warmup = warmup;
+    s.scale = scale;
+    return s;
+}
+
+dot_schedule dot_schedule_warmup_linear(int64_t total, int64_t warmup, double floor)
+{
+    return dot__warmup(DOT_SCHEDULE_WARMUP_LINEAR, total, warmup, floor, 1);
+}
+
+dot_schedule dot_schedule_warmup_cosine(int64_t total, int64_t warmup, double floor)
+{
+    return dot__warmup(DOT_SCHEDULE_WARMUP_COSINE, total, warmup, floor, 1);
+}
+
+dot_schedule dot_schedule_warmup_inverse_sqrt(int64_t warmup, int64_t timescale)
+{
+    return dot__warmup(DOT_SCHEDULE_WARMUP_SQRT, 1, warmup, 0, timescale);
+}
+
+dot_schedule dot_schedule_noam(int64_t warmup, int64_t width)
+{
+    return dot__warmup(DOT_SCHEDULE_NOAM, 1, warmup, 0, width);
+}
+
+dot_schedule dot_schedule_warmup_stable_decay(int64_t total, int64_t warmup, int64_t down, dot_slope slope)
+{
+    dot_schedule s = dot__warmup(DOT_SCHEDULE_WARMUP_STABLE, total, warmup, 0, 1);
+    s.down = down;
+    s.slopes[0] = slope;
+    return s;
+}
+
+dot_schedule dot_schedule_one_cycle(int64_t total)
+{
+    dot_schedule s = dot__schedule(DOT_SCHEDULE_ONE_CYCLE, total, 0, 1);
+    s.slopes[0] = s.slopes[1] = s.slopes[2] = DOT_SLOPE_COSINE;
+    return s;
+}
+
+/* A sum that does not fit, or with something negative in it, ends as a total or down that is refused. */
+dot_schedule dot_schedule_cyclic(int64_t up, int64_t down, double low)
+{
+    dot_schedule s = dot__schedule(DOT_SCHEDULE_CYCLIC, (int64_t)((uint64_t)up + (uint64_t)down), 0, 1);
+    s.down = down;
+    s.start = low;
+    s.momentum_low = 0.8;
+    s.momentum_high = 0.9;
+    return s;
+}
+
+/* More milestones or parts than there is room for make an invalid schedule. */
+static void dot__set_milestones(dot_schedule *s, const int64_t *milestones, int count)
+{
+    s->milestone_count = count > 0 && !milestones ? -1 : count;
+    for (int i = 0; milestones && i < count && i < DOT_MAX_MILESTONES; ++i) s->milestones[i] = milestones[i];
+}
+
+static dot_schedule dot__combination(dot_schedule_kind kind, const dot_schedule *const *parts, int count)
+{
+    dot_schedule s = dot__schedule(kind, 1, 0, 1);
+    s.part_count = parts ? count : 0;
+    for (int i = 0; parts && i < count && i < DOT_MAX_PARTS; ++i) s.parts[i] = parts[i];
+    return s;
+}
+
+dot_schedule dot_schedule_step_drop(const int64_t *milestones, int count, double gamma)
+{
+    dot_schedule s = dot__schedule(DOT_SCHEDULE_STEP_DROP, 1, 0, gamma);
+    dot__set_milestones(&s, milestones, count);
+    return s;
+}
+
+dot_schedule dot_schedule_product(const dot_schedule *const *parts, int count)
+{
+    return dot__combination(DOT_SCHEDULE_PRODUCT, parts, count);
+}
+
+dot_schedule dot_schedule_sequence(const dot_schedule *const *parts, const int64_t *boundaries, int count)
+{
+    dot_schedule s = dot__combination(DOT_SCHEDULE_SEQUENCE, parts, count);
+    dot__set_milestones(&s, boundaries, count < 1 ? 0 : count - 1);
+    return s;
+}
+
+/* ---- what is wrong with one ---- */
+
+static DOT__PRINTF(3, 4) const char *dot__sentence(char *buffer, size_t size, const char *format, ...)
+{
+    if (!buffer || size == 0) return "invalid";
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(buffer, size, format, arguments);
+    va_end(arguments);
+    return buffer;
+}
+
+/* The values that a field of a struct may take. */
+typedef struct dot__range { const char *name; size_t offset; bool whole; double low, high; const char *expected; } dot__range;
+
+#define DOT__IS_POSITIVE false, DBL_MIN, DBL_MAX, "> 0"
+#define DOT__IS_AT_LEAST_0 false, 0, DBL_MAX, ">= 0"
+#define DOT__IS_0_TO_1 false, 0, 1, "0..1"
+#define DOT__IS_BELOW_1 false, 0, 1 - DBL_EPSILON, "0 or more, below 1"
+#define DOT__IS_FINITE false, -DBL_MAX, DBL_MAX, "a finite number"
+#define DOT__IS_COUNT(low, expected) true, low, 9.3e18, expected
+
+static double dot__range_value(const void *object, const dot__range *r)
+{
+    const char *field = (const char *)object + r->offset;
+    return r->whole ? (double)*(const int64_t *)field : *(const double *)field;
+}
+
+static const char *dot__out_of_range(const void *object, const dot__range *ranges, int count, const char *name, char *buffer,
+                                     size_t size)
+{
+    for (const dot__range *r = ranges; r < ranges + count; ++r) {
+        const double value = dot__range_value(object, r);
+        if (!(value >= r->low && value <= r->high))
+            return dot__sentence(buffer, size, "%s: %s %.15g, expected %s", name, r->name, value, r->expected);
     }
-    return begin;
+    return NULL;
 }
 
-static double dot__cosine(int64_t step, double total, double floor_)
+static bool dot__reads(dot_schedule_kind kind, const char *field)
 {
-    double p = (double)step >= total ? 1 : (double)step / total;
-    return floor_ + (1 - floor_) * 0.5 * (1 + cos(3.14159265358979323846 * p));
+    const char *list = dot_schedule_fields(kind);
+    const size_t length = strlen(field);
+    for (const char *at = list; (at = strstr(at, field)) != NULL; at += length)
+        if ((at == list || at[-1] == ' ') && (at[length] == ' ' || at[length] == 0)) return true;
+    return false;
+}
+
+/* A field that the schedule does not read must be as it was made: who sets it expects something of it. */
+static const char *dot__schedule_fields_wrong(const dot_schedule *s, const char *name, char *buffer, size_t size)
+{
+#define DOT__RANGE(field, range) { #field, offsetof(dot_schedule, field), range }
+    static const dot__range ranges[] = {
+        DOT__RANGE(total, DOT__IS_COUNT(1, ">= 1")), DOT__RANGE(warmup, DOT__IS_COUNT(0, ">= 0")),
+        DOT__RANGE(down, DOT__IS_COUNT(0, ">= 0")), DOT__RANGE(scale, DOT__IS_COUNT(1, ">= 1")),
+        DOT__RANGE(floor, DOT__IS_AT_LEAST_0), DOT__RANGE(factor, DOT__IS_AT_LEAST_0), DOT__RANGE(start, DOT__IS_AT_LEAST_0),
+        DOT__RANGE(end, DOT__IS_AT_LEAST_0), DOT__RANGE(peak, DOT__IS_AT_LEAST_0), DOT__RANGE(floor_base, DOT__IS_POSITIVE),
+        DOT__RANGE(decay, DOT__IS_0_TO_1), DOT__RANGE(power, DOT__IS_POSITIVE), DOT__RANGE(peak_at, DOT__IS_0_TO_1),
+        DOT__RANGE(div, DOT__IS_POSITIVE), DOT__RANGE(final_div, DOT__IS_POSITIVE), DOT__RANGE(momentum_low, DOT__IS_BELOW_1),
+        DOT__RANGE(momentum_high, DOT__IS_BELOW_1), DOT__RANGE(tanh_from, DOT__IS_FINITE), DOT__RANGE(tanh_to, DOT__IS_FINITE)
+    };
+#undef DOT__RANGE
+    const int count = (int)(sizeof ranges / sizeof *ranges);
+    const dot_schedule made = dot__schedule(s->kind, 1, 0, 1);
+    const char *wrong = dot__out_of_range(s, ranges, count, name, buffer, size);
+    if (wrong) return wrong;
+    for (const dot__range *r = ranges; r < ranges + count; ++r)
+        if (dot__range_value(s, r) != dot__range_value(&made, r) && !dot__reads(s->kind, r->name))
+            return dot__sentence(buffer, size, "%s: %s %.15g, a field that it does not read", name, r->name,
+                                 dot__range_value(s, r));
+    if (s->milestone_count < 0 || s->milestone_count > DOT_MAX_MILESTONES)
+        return dot__sentence(buffer, size, "%s: %d milestones, expected 0..%d and an array", name, s->milestone_count,
+                             DOT_MAX_MILESTONES);
+    for (int i = 0, most = dot__reads(s->kind, "slopes") ? DOT_SLOPE_SQRT : 0; i < 3; ++i)
+        if ((unsigned)s->slopes[i] > (unsigned)most)
+            return dot__sentence(buffer, size, "%s: slopes[%d] %d, expected 0..%d", name, i, (int)s->slopes[i], most);
+    return NULL;
+}
+
+/* How fields must fit each other. */
+static const char *dot__schedule_relations_wrong(const dot_schedule *s, const char *name, char *buffer, size_t size)
+{
+    if (s->floor > s->floor_base)
+        return dot__sentence(buffer, size, "%s: floor %g, expected 0..%g", name, s->floor, s->floor_base);
+    if (dot__reads(s->kind, "total") && s->warmup > s->total - s->down)
+        return dot__sentence(buffer, size, "%s: warmup " DOT__I64 " and down " DOT__I64 ", expected at most the total, " DOT__I64,
+                             name, DOT__LL(s->warmup), DOT__LL(s->down), DOT__LL(s->total));
+    if (s->kind == DOT_SCHEDULE_WARM_RESTARTS && !(s->factor >= 1 && s->factor <= 1e6 && s->factor == floor(s->factor)))
+        return dot__sentence(buffer, size, "%s: factor %g, expected a whole number, 1..1e6", name, s->factor);
+    if (s->kind == DOT_SCHEDULE_WARM_RESTARTS && s->warmup >= s->total)
+        return dot__sentence(buffer, size, "%s: warmup " DOT__I64 ", expected less than the first period, " DOT__I64, name,
+                             DOT__LL(s->warmup), DOT__LL(s->total));
+    if (s->kind == DOT_SCHEDULE_NOAM && s->warmup < 1)
+        return dot__sentence(buffer, size, "%s: warmup 0, expected >= 1", name);
+    if (s->kind == DOT_SCHEDULE_RANGE_TEST && !(s->start > 0 && s->end > 0))
+        return dot__sentence(buffer, size, "%s: start %g and end %g, expected > 0", name, s->start, s->end);
+    if ((s->kind == DOT_SCHEDULE_CYCLIC || s->kind == DOT_SCHEDULE_WARMUP_STABLE) && s->down < 1)
+        return dot__sentence(buffer, size, "%s: down " DOT__I64 ", expected >= 1", name, DOT__LL(s->down));
+    if (s->kind == DOT_SCHEDULE_CYCLIC && s->down >= s->total)
+        return dot__sentence(buffer, size, "%s: up " DOT__I64 ", expected >= 1", name, DOT__LL(s->total - s->down));
+    if (s->kind == DOT_SCHEDULE_ONE_CYCLE) {
+        const double total = (double)s->total, peak = s->peak_at * total - 1, last = s->three_phase ? 2 * peak : peak;
+        if (!(peak > 0 && last < total - 1))
+            return dot__sentence(buffer, size, "%s: peak_at %g of " DOT__I64 " steps ends phase 1 at step %g%s, expected between "
+                                 "the first step and the last", name, s->peak_at, DOT__LL(s->total), peak,
+                                 s->three_phase ? " and phase 2 twice as late" : "");
+    }
+    return NULL;
+}
+
+#define DOT__MAX_NESTING 8
+
+static const char *dot__schedule_wrong(const dot_schedule *s, int depth, char *buffer, size_t size)
+{
+    if (!s) return dot__sentence(buffer, size, "schedule is NULL");
+    const char *name = dot_schedule_name(s->kind), *wrong;
+    if (!name)
+        return dot__sentence(buffer, size, "schedule of kind %d, expected 0..%d", (int)s->kind, (int)DOT_SCHEDULE_KINDS - 1);
+    if ((wrong = dot__schedule_fields_wrong(s, name, buffer, size)) != NULL) return wrong;
+    if ((wrong = dot__schedule_relations_wrong(s, name, buffer, size)) != NULL) return wrong;
+    if (s->kind != DOT_SCHEDULE_SEQUENCE && s->kind != DOT_SCHEDULE_PRODUCT) return NULL;
+
+    if (depth > DOT__MAX_NESTING) return dot__sentence(buffer, size, "%s: nested more than %d deep", name, DOT__MAX_NESTING);
+    if (s->part_count < 1 || s->part_count > DOT_MAX_PARTS)
+        return dot__sentence(buffer, size, "%s: %d parts, expected 1..%d and an array", name, s->part_count, DOT_MAX_PARTS);
+    if (s->kind == DOT_SCHEDULE_SEQUENCE && s->milestone_count != s->part_count - 1)
+        return dot__sentence(buffer, size, "%s: %d boundaries, expected one less than the %d parts", name, s->milestone_count,
+                             s->part_count);
+    for (int i = 0; s->kind == DOT_SCHEDULE_SEQUENCE && i < s->milestone_count; ++i) {
+        const int64_t before = i > 0 ? s->milestones[i - 1] : 0;
+        if (s->milestones[i] <= before)
+            return dot__sentence(buffer, size, "%s: boundary %d at step " DOT__I64 ", expected above " DOT__I64, name, i,
+                                 DOT__LL(s->milestones[i]), DOT__LL(before));
+    }
+    for (int i = 0; i < s->part_count; ++i)
+        if ((wrong = dot__schedule_wrong(s->parts[i], depth + 1, buffer, size)) != NULL) return wrong;
+    return NULL;
+}
+
+const char *dot_schedule_invalid(const dot_schedule *s, char *buffer, size_t size)
+{
+    return dot__schedule_wrong(s, 0, buffer, size);
+}
+
+/* ---- the rules: value at a step >= 0 of a valid schedule ----
+   A slope is worked out from `left`, the part that is left of it: 1 at its beginning, 0 at its end. Written so, with sums of
+   nothing negative, the values are exact at both ends and accurate where they are small. */
+
+static double dot__schedule_value(const dot_schedule *s, int64_t step);
+
+static double dot__mix(double from, double to, double left) { return from * left + to * (1 - left); }
+
+static double dot__slope(dot_slope slope, double left)
+{
+    const double sine = sin(0.5 * 3.14159265358979323846 * left);
+    return slope == DOT_SLOPE_COSINE ? sine * sine : slope == DOT_SLOPE_SQRT ? left / (1 + sqrt(1 - left)) : left;
+}
+
+/* The part of the last `length` steps up to `total` that is left. */
+static double dot__left(int64_t step, int64_t total, int64_t length)
+{
+    return step >= total ? 0 : total - step >= length ? 1 : (double)(total - step) / (double)length;
+}
+
+static double dot__left_after_warmup(const dot_schedule *s, int64_t step)
+{
+    return dot__left(step, s->total, s->total - s->warmup);
+}
+
+static double dot__rise(double start, double peak, int64_t step, int64_t warmup)
+{
+    return start + (peak - start) * ((double)step / (double)warmup);
+}
+
+/* The warm-up, and after it the way down to the floor. */
+static double dot__down(const dot_schedule *s, int64_t step, double left)
+{
+    return step < s->warmup ? dot__rise(s->start, 1, step, s->warmup) : dot__mix(1, s->floor / s->floor_base, left);
+}
+
+static double dot__at_constant(const dot_schedule *s, int64_t step)
+{
+    (void)s;
+    (void)step;
+    return 1;
+}
+
+static double dot__at_step(const dot_schedule *s, int64_t step) { return pow(s->factor, (double)(step / s->total)); }
+static double dot__at_exponential(const dot_schedule *s, int64_t step) { return pow(s->factor, (double)step); }
+static double dot__at_factor(const dot_schedule *s, int64_t step) { return step < s->total ? s->factor : 1; }
+
+static double dot__at_step_drop(const dot_schedule *s, int64_t step)
+{
+    double value = 1;
+    for (int i = 0; i < s->milestone_count; ++i)
+        if (step >= s->milestones[i]) value *= s->factor;
+    return value;
+}
+
+static double dot__at_range_test(const dot_schedule *s, int64_t step)
+{
+    const double left = dot__left(step, s->total, s->total);
+    return pow(s->start, left) * pow(s->end, 1 - left);
+}
+
+static double dot__at_anneal(const dot_schedule *s, int64_t step)
+{
+    return dot__mix(s->start, s->end, dot__slope(s->slopes[0], dot__left(step, s->total, s->total)));
+}
+
+static double dot__at_polynomial(const dot_schedule *s, int64_t step)
+{
+    return dot__down(s, step, pow(dot__left_after_warmup(s, step), s->power));
+}
+
+static double dot__at_cosine(const dot_schedule *s, int64_t step)
+{
+    return dot__down(s, step, dot__slope(DOT_SLOPE_COSINE, dot__left_after_warmup(s, step)));
+}
+
+static double dot__at_rex(const dot_schedule *s, int64_t step)
+{
+    const double left = dot__left_after_warmup(s, step);
+    return dot__down(s, step, 2 * left / (1 + left));
+}
+
+static double dot__at_tanh(const dot_schedule *s, int64_t step)
+{
+    const double x = dot__mix(s->tanh_from, s->tanh_to, dot__left_after_warmup(s, step));
+    return dot__down(s, step, 1 / (1 + exp(2 * x)));        /* (1 - tanh x) / 2 */
+}
+
+static double dot__at_stable_decay(const dot_schedule *s, int64_t step)
+{
+    return dot__down(s, step, dot__slope(s->slopes[0], dot__left(step, s->total, s->down)));
+}
+
+static double dot__at_inverse_sqrt(const dot_schedule *s, int64_t step)
+{
+    const double scale = (double)s->scale, since = (double)dot__max(step - s->warmup, 0);
+    return dot__down(s, step, sqrt(scale / (since + scale)));
+}
+
+static double dot__at_noam(const dot_schedule *s, int64_t step)
+{
+    const double t = (double)step + 1, warmup = (double)s->warmup;
+    return fmin(1 / sqrt(t), t / (warmup * sqrt(warmup))) / sqrt((double)s->scale);
+}
+
+/* A restart period. Counted with whole numbers, never with a logarithm, which errs at the restarts themselves. */
+typedef struct dot__period { int64_t begin, length, index; double exact; } dot__period;   /* exact: the length, however large */
+
+static dot__period dot__period_of(const dot_schedule *s, int64_t step)
+{
+    const int64_t factor = (int64_t)s->factor;
+    dot__period p = { 0, s->total, 0, (double)s->total };
+    if (factor == 1) {
+        p.index = step / s->total;
+        p.begin = p.index * s->total;
+    }
+    for (; step - p.begin >= p.length; ++p.index) {
+        p.begin += p.length;
+        p.exact = (double)p.length * (double)factor;
+        p.length = p.length > INT64_MAX / factor ? INT64_MAX : p.length * factor;
+    }
+    return p;
+}
+
+static double dot__at_warm_restarts(const dot_schedule *s, int64_t step)
+{
+    const dot__period p = dot__period_of(s, step);
+    const int64_t since = step - p.begin;
+    const double least = s->floor / s->floor_base, peak = fmax(least, pow(s->decay, (double)p.index));
+    if (since < s->warmup) return dot__rise(s->start, peak, since, s->warmup);
+    return dot__mix(peak, least, dot__slope(DOT_SLOPE_COSINE, (p.exact - (double)since) / (p.exact - (double)s->warmup)));
+}
+
+/* Where one-cycle turns: the ends of its phases. */
+typedef struct dot__turn { double step, level, momentum; } dot__turn;
+
+static int dot__turns(const dot_schedule *s, dot__turn turns[4])
+{
+    const double total = (double)s->total, start = s->peak / s->div;
+    const dot__turn begin = { 0, start, s->momentum_high }, peak = { s->peak_at * total - 1, s->peak, s->momentum_low },
+                    middle = { 2 * s->peak_at * total - 2, start, s->momentum_high },
+                    end = { total - 1, start / s->final_div, s->momentum_high };
+    int count = 0;
+    turns[count++] = begin;
+    turns[count++] = peak;
+    if (s->three_phase) turns[count++] = middle;
+    turns[count++] = end;
+    return count;
+}
+
+static dot__turn dot__one_cycle(const dot_schedule *s, int64_t step)
+{
+    dot__turn turns[4], now;
+    const int count = dot__turns(s, turns);
+    int i = 1;
+    while (i < count - 1 && (double)step > turns[i].step) ++i;
+    const dot__turn from = turns[i - 1], to = turns[i];
+    const double left = dot__slope(s->slopes[i - 1], fmax(0, (to.step - (double)step) / (to.step - from.step)));
+    now.step = (double)step;
+    now.level = dot__mix(from.level, to.level, left);
+    now.momentum = dot__mix(from.momentum, to.momentum, left);
+    return now;
+}
+
+static double dot__at_one_cycle(const dot_schedule *s, int64_t step) { return dot__one_cycle(s, step).level; }
+
+/* The height of the triangles, 0..1. */
+static double dot__triangle(const dot_schedule *s, int64_t step)
+{
+    const int64_t cycle = step / s->total, since = step % s->total, up = s->total - s->down;
+    const double height = since <= up ? (double)since / (double)up : (double)(s->total - since) / (double)s->down;
+    return height * pow(s->decay, (double)cycle) * pow(s->factor, (double)step);
+}
+
+static double dot__at_cyclic(const dot_schedule *s, int64_t step)
+{
+    return s->start + (s->peak - s->start) * dot__triangle(s, step);
+}
+
+/* The part that a step lies in; the step becomes the part's own. */
+static const dot_schedule *dot__sequence_part(const dot_schedule *s, int64_t *step)
+{
+    int i = 0;
+    while (i < s->milestone_count && *step >= s->milestones[i]) ++i;
+    if (i > 0) *step -= s->milestones[i - 1];
+    return s->parts[i];
+}
+
+static double dot__at_sequence(const dot_schedule *s, int64_t step)
+{
+    const dot_schedule *part = dot__sequence_part(s, &step);
+    return dot__schedule_value(part, step);
+}
+
+static double dot__at_product(const dot_schedule *s, int64_t step)
+{
+    double value = 1;
+    for (int i = 0; i < s->part_count; ++i) value *= dot__schedule_value(s->parts[i], step);
+    return value;
+}
+
+static double dot__schedule_value(const dot_schedule *s, int64_t step)
+{
+#define DOT__SCHEDULE_RULE(constant, name, function, description, source, fields) dot__at_##function,
+    static double (*const rules[])(const dot_schedule *, int64_t) = { DOT_SCHEDULES(DOT__SCHEDULE_RULE) };
+#undef DOT__SCHEDULE_RULE
+    return rules[s->kind](s, step);
 }
 
 double dot_schedule_at(const dot_schedule *s, int64_t step)
 {
-    if (!dot__schedule_ok(s)) return (double)NAN;
-    if (step < 0) step = 0;
-    double value = 1, exact;
-    int64_t length, begin;
-    switch (s->kind) {
-    case DOT_SCHEDULE_STEP_DROP:
-        for (int i = 0; i < s->milestone_count; ++i)
-            if (step >= s->milestones[i]) value *= s->factor;
-        return value;
-    case DOT_SCHEDULE_COSINE:
-        return dot__cosine(step, (double)s->total, s->floor);
-    case DOT_SCHEDULE_WARM_RESTARTS:
-        begin = dot__period_of(s, step, &length, &exact);
-        return dot__cosine(step - begin, exact, s->floor);
-    default:
-        return 1;
+    return dot__schedule_wrong(s, 0, NULL, 0) ? (double)NAN : dot__schedule_value(s, step < 0 ? 0 : step);
+}
+
+/* ---- momentum, periods, what is overridden: found also inside combinations ---- */
+
+static double dot__schedule_momentum(const dot_schedule *s, int64_t step)
+{
+    double value = (double)NAN;
+    if (s->kind == DOT_SCHEDULE_ONE_CYCLE) return dot__one_cycle(s, step).momentum;
+    if (s->kind == DOT_SCHEDULE_CYCLIC)
+        return s->momentum_high + (s->momentum_low - s->momentum_high) * dot__triangle(s, step);
+    if (s->kind == DOT_SCHEDULE_SEQUENCE) {
+        const dot_schedule *part = dot__sequence_part(s, &step);
+        return dot__schedule_momentum(part, step);
     }
+    for (int i = 0; s->kind == DOT_SCHEDULE_PRODUCT && i < s->part_count && isnan(value); ++i)
+        value = dot__schedule_momentum(s->parts[i], step);
+    return value;
+}
+
+double dot_schedule_momentum(const dot_schedule *s, int64_t step)
+{
+    return dot__schedule_wrong(s, 0, NULL, 0) ? (double)NAN : dot__schedule_momentum(s, step < 0 ? 0 : step);
+}
+
+static int64_t dot__restart_period(const dot_schedule *s, int64_t step)     /* 0: no restarts */
+{
+    int64_t period = 0;
+    if (s->kind == DOT_SCHEDULE_WARM_RESTARTS) return dot__period_of(s, step).length;
+    if (s->kind == DOT_SCHEDULE_SEQUENCE) {
+        const dot_schedule *part = dot__sequence_part(s, &step);
+        return dot__restart_period(part, step);
+    }
+    for (int i = 0; s->kind == DOT_SCHEDULE_PRODUCT && i < s->part_count && period == 0; ++i)
+        period = dot__restart_period(s->parts[i], step);
+    return period;
 }
 
 int64_t dot_schedule_period(const dot_schedule *s, int64_t step, int64_t total)
 {
-    int64_t length;
-    double exact;
-    if (!dot__schedule_ok(s) || s->kind != DOT_SCHEDULE_WARM_RESTARTS) return total;
-    dot__period_of(s, step < 0 ? 0 : step, &length, &exact);
-    return length;
+    const int64_t period = dot__schedule_wrong(s, 0, NULL, 0) ? 0 : dot__restart_period(s, step < 0 ? 0 : step);
+    return period ? period : total;
 }
+
+static const dot_schedule *dot__overriding(const dot_schedule *s)
+{
+    const dot_schedule *found = NULL;
+    if (s->kind == DOT_SCHEDULE_ONE_CYCLE || s->kind == DOT_SCHEDULE_CYCLIC) return s;
+    if (s->kind == DOT_SCHEDULE_SEQUENCE || s->kind == DOT_SCHEDULE_PRODUCT)
+        for (int i = 0; i < s->part_count && !found; ++i) found = dot__overriding(s->parts[i]);
+    return found;
+}
+
+bool dot_schedule_overrides(const dot_schedule *s, double lr, double beta1, char *buffer, size_t size)
+{
+    dot__sentence(buffer, size, "%s", "");
+    const dot_schedule *found = dot__schedule_wrong(s, 0, NULL, 0) ? NULL : dot__overriding(s);
+    if (!found) return false;
+    const double up = (double)(found->total - found->down);
+    const dot__turn begin = { 0, found->start, found->momentum_high }, peak = { up, found->peak, found->momentum_low };
+    dot__turn turns[4] = { begin, peak, begin, begin };         /* of cyclic */
+    int count = 3;
+    turns[2].step = (double)found->total;
+    if (found->kind == DOT_SCHEDULE_ONE_CYCLE) count = dot__turns(found, turns);
+    const dot__turn end = turns[count - 1];
+    dot__sentence(buffer, size, "%s: the learning rate is not %g but %g at step 0, %g at step %g, %g at step %g; the momentum "
+                  "(dot_schedule_momentum) not %g but %g, %g, %g", dot_schedule_name(found->kind), lr, lr * turns[0].level,
+                  lr * turns[1].level, turns[1].step, lr * end.level, end.step, beta1, turns[0].momentum, turns[1].momentum,
+                  end.momentum);
+    return true;
+}
+
+/* ---- plateau ---- */
+
+dot_plateau dot_plateau_defaults(void)
+{
+    dot_plateau p;
+    memset(&p, 0, sizeof p);
+    p.magic = DOT__MAGIC_PLATEAU;
+    p.threshold = 1e-4;
+    p.patience = 10;
+    p.factor = 0.1;
+    p.eps = 1e-8;
+    p.multiplier = 1;
+    p.best = (double)NAN;
+    return p;
+}
+
+const char *dot_plateau_invalid(const dot_plateau *p, char *buffer, size_t size)
+{
+#define DOT__RANGE(field, range) { #field, offsetof(dot_plateau, field), range }
+    static const dot__range ranges[] = {
+        DOT__RANGE(threshold, DOT__IS_AT_LEAST_0), DOT__RANGE(factor, DOT__IS_BELOW_1), DOT__RANGE(floor, DOT__IS_AT_LEAST_0),
+        DOT__RANGE(eps, DOT__IS_AT_LEAST_0), DOT__RANGE(multiplier, DOT__IS_AT_LEAST_0),
+        DOT__RANGE(patience, DOT__IS_COUNT(0, ">= 0")), DOT__RANGE(cooldown, DOT__IS_COUNT(0, ">= 0")),
+        DOT__RANGE(bad, DOT__IS_COUNT(0, ">= 0")), DOT__RANGE(cooling, DOT__IS_COUNT(0, ">= 0"))
+    };
+#undef DOT__RANGE
+    if (!p) return dot__sentence(buffer, size, "plateau is NULL");
+    if (p->magic != DOT__MAGIC_PLATEAU)
+        return dot__sentence(buffer, size, "plateau: not filled by dot_plateau_defaults (magic 0x%08x)", (unsigned)p->magic);
+    return dot__out_of_range(p, ranges, (int)(sizeof ranges / sizeof *ranges), "plateau", buffer, size);
+}
+
+static bool dot__plateau_better(const dot_plateau *p, double metric)
+{
+    const double sign = p->maximize ? -1 : 1;
+    const double best = isnan(p->best) ? (double)INFINITY : sign * p->best;
+    const double margin = p->absolute ? p->threshold : dot__finite(best) ? p->threshold * fabs(best) : 0;
+    return sign * metric < best - margin;       /* never for NaN */
+}
+
+double dot_plateau_observe(dot_plateau *p, double metric)
+{
+    if (dot_plateau_invalid(p, NULL, 0)) return (double)NAN;
+    ++p->bad;
+    if (dot__plateau_better(p, metric)) {
+        p->best = metric;
+        p->bad = 0;
+    }
+    if (p->cooling > 0) {
+        --p->cooling;
+        p->bad = 0;
+    }
+    if (p->bad > p->patience) {
+        const double next = fmax(p->factor * p->multiplier, p->floor);
+        if (p->multiplier - next > p->eps) p->multiplier = next;
+        p->cooling = p->cooldown;
+        p->bad = 0;
+    }
+    return p->multiplier;
+}
+
+#undef DOT__IS_POSITIVE
+#undef DOT__IS_AT_LEAST_0
+#undef DOT__IS_0_TO_1
+#undef DOT__IS_BELOW_1
+#undef DOT__IS_FINITE
+#undef DOT__IS_COUNT
 
 /* ==== [11 utilities] =============================================================================== */
 
