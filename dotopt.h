@@ -702,6 +702,148 @@ double dot_clip_grad_norm(dot_optimizer *optimizer, double max_norm);
 double dot_grad_norm(dot_optimizer *optimizer, int lane);
 double dot_weight_norm(dot_optimizer *optimizer, int lane);
 
+/* ---- optimizers that evaluate the loss themselves ---- */
+
+/* They work on all trainable parameters of a layer (those that require a gradient when the solver is created), seen as one
+   vector theta, in a context of one lane; their own vectors are in double. `loss` calls
+   dot_step_begin, computes the loss and returns it; it shall not call dot_backward, and, but for SPSA and CMA-ES, give the same
+   value at the same theta (no dropout). Memory is taken by the _create functions, the gradients are forgotten after each call,
+   and a call that fails leaves the parameters as they were and returns NaN. */
+typedef dot_tensor *(*dot_loss_function)(void *user);
+
+/* L-BFGS, as torch.optim.LBFGS: d = -H g from the latest `history` pairs s = t d, y = change of g (two-loop recursion, H0 =
+   s'y / y'y, a pair is kept if s'y > 1e-10); theta += t d with t = lr (first: min(1, 1/|g|_1) lr), or t from the line search
+   for the strong Wolfe conditions (c1 1e-4, c2 0.9, cubic interpolation), which begins there and evaluates the loss
+   at most max_eval times less what the step has used.   (Liu, Nocedal 1989; Nocedal, Wright 2006, alg. 3.5, 3.6, 7.4) */
+typedef enum dot_line_search { DOT_LINE_SEARCH_NONE, DOT_LINE_SEARCH_STRONG_WOLFE } dot_line_search;
+typedef struct dot_lbfgs_options {
+    uint32_t magic;             /* set by dot_lbfgs_defaults */
+    double lr;                  /* 1 */
+    int max_iter, max_eval;     /* of one step: 20; 25 (PyTorch: 5/4 max_iter) */
+    double tolerance_grad;      /* 1e-7: a step ends when max |g| is not above it, */
+    double tolerance_change;    /* 1e-9: or max |t d| or the change of the loss is not */
+    int history;                /* 100: costs 16 bytes for each and each parameter; 1 to 10000 */
+    dot_line_search line_search;/* DOT_LINE_SEARCH_NONE */
+} dot_lbfgs_options;
+dot_lbfgs_options dot_lbfgs_defaults(void);
+typedef struct dot_lbfgs dot_lbfgs;
+dot_lbfgs *dot_lbfgs_create(dot_context *ctx, dot_layer *layer, const dot_lbfgs_options *options);
+
+/* Up to max_iter iterations; returns the loss before the first. When a loss or gradient is not finite, the step ends at the
+   best point that it has seen, and the next step begins without pairs; so it does after a failure. */
+double  dot_lbfgs_step(dot_lbfgs *lbfgs, dot_loss_function loss, void *user);
+int64_t dot_lbfgs_iterations(const dot_lbfgs *lbfgs);       /* of all steps */
+int64_t dot_lbfgs_evaluations(const dot_lbfgs *lbfgs);
+
+/* CMA-ES: a population drawn from N(m, sigma^2 C) each generation; its better half moves the mean m, and all of it the step size
+   sigma (cumulative) and the covariance C (rank one, rank mu with negative weights).   (Hansen, "The CMA evolution strategy: a
+   tutorial", arXiv 1604.00772, figure 6 and table 1.) Needs no gradients: `loss` may call dot_eval_begin instead. Costs
+   O(n^2) a sample, and O(n^3) for the eigenvectors of C once every few generations: for up to some hundred parameters. */
+typedef struct dot_cmaes_options {
+    uint32_t magic;             /* set by dot_cmaes_defaults */
+    double sigma;               /* 0.3: the first step size; the optimum should lie within some 3 sigma */
+    int population;             /* 0 (the default): 4 + floor(3 ln n); else 4 to 1000000 */
+    uint64_t seed;              /* 0; with the context's it selects the draws: another one for a second solver */
+} dot_cmaes_options;
+dot_cmaes_options dot_cmaes_defaults(void);
+typedef struct dot_cmaes dot_cmaes;
+dot_cmaes *dot_cmaes_create(dot_context *ctx, dot_layer *layer, const dot_cmaes_options *options);
+
+/* One generation; returns its least loss. The first mean is theta at creation; after a step theta is the new mean. Samples
+   whose loss is not finite rank last; when the better half is not all finite, sigma is halved and nothing else changes. */
+double dot_cmaes_step(dot_cmaes *cmaes, dot_loss_function loss, void *user);
+double dot_cmaes_sigma(const dot_cmaes *cmaes);
+/* Sets theta to the best point sampled so far and returns its loss; before there is one it returns NaN and changes nothing. The
+   next step goes on from the mean. */
+double dot_cmaes_best(dot_cmaes *cmaes);
+
+/* SPSA: theta -= a_k (L(theta + c_k delta) - L(theta - c_k delta)) / (2 c_k) / delta, delta independent and +-1, a_k = a / (k + 1
+   + stability)^alpha, c_k = c / (k + 1)^gamma, k = 0, 1, ...   (Spall 1992; the gains: Spall 1998.) Needs no gradients: `loss` may
+   call dot_eval_begin instead. */
+typedef struct dot_spsa_options {
+    uint32_t magic;             /* set by dot_spsa_defaults */
+    double a, c;                /* 0.16, 0.3 (ensmallen): c about the noise of the loss, a for the first steps wanted */
+    double stability;           /* 100: about a tenth of the steps to be taken */
+    double alpha, gamma;        /* 0.602, 0.101 */
+    uint64_t seed;              /* 0; as for CMA-ES */
+} dot_spsa_options;
+dot_spsa_options dot_spsa_defaults(void);
+typedef struct dot_spsa dot_spsa;
+dot_spsa *dot_spsa_create(dot_context *ctx, dot_layer *layer, const dot_spsa_options *options);
+/* One update, two evaluations; returns the mean of the two losses. One that is not finite: theta stays. */
+double dot_spsa_step(dot_spsa *spsa, dot_loss_function loss, void *user);
+
+/* SVRG: at each snapshot w the full gradient mu, then `inner` times, with a batch i drawn at random,
+   theta -= lr (g_i(theta) - g_i(w) + mu).   (Johnson, Zhang 2013, option I: the next snapshot is the last theta.) */
+typedef struct dot_svrg_options {
+    uint32_t magic;             /* set by dot_svrg_defaults */
+    double lr;                  /* 1e-2; less than 1/(4 L), L the largest curvature of a batch's loss */
+    int64_t batches;            /* 1; their mean loss is the full loss */
+    int64_t inner;              /* 0 (the default): 2 batches; the paper's value for convex losses, for others 5 */
+    uint64_t seed;              /* 0; as for CMA-ES */
+} dot_svrg_options;
+dot_svrg_options dot_svrg_defaults(void);
+typedef struct dot_svrg dot_svrg;
+typedef dot_tensor *(*dot_indexed_function)(void *user, int64_t index);     /* begins with dot_step_begin, as `loss` does */
+dot_svrg *dot_svrg_create(dot_context *ctx, dot_layer *layer, const dot_svrg_options *options);
+/* One snapshot and its inner updates; returns the full loss at the snapshot. `batch` gives the loss of batch 0..batches-1. When a
+   gradient is not finite, theta goes back to the snapshot. */
+double dot_svrg_step(dot_svrg *svrg, dot_loss_function loss, dot_indexed_function batch, void *user);
+
+/* Natural gradient: theta -= lr (F + damping I)^-1 g, g the gradient of the loss (Amari 1998). Which F; i = 0..examples-1:
+     EMPIRICAL     1/N sum g_i g_i', g_i the gradient of example i's loss, with its own label. Not an estimate of the Fisher matrix
+     SAMPLED       the same, but your function draws the labels from the model's prediction: an unbiased estimate of the true
+                   Fisher matrix, if the loss is -log p (Kunstner, Balles, Hennig 2019 on the difference)
+     GAUSS_NEWTON  1/N sum J_i' J_i, J_i the Jacobian of example i's outputs: the true Fisher matrix of outputs with Gaussian noise
+                   of variance 1, that is of the loss |y - t|^2 / 2 of an example. One backward pass for each output */
+typedef enum dot_fisher { DOT_FISHER_EMPIRICAL, DOT_FISHER_SAMPLED, DOT_FISHER_GAUSS_NEWTON } dot_fisher;
+/* How it is solved. DENSE: exactly, by Cholesky; 8 n^2 bytes, n^3 / 3 operations, up to 8192 parameters. CG: conjugate gradients
+   with the products F v = scale / N G' (G v), G the stored gradients. DIAGONAL: with the diagonal of F alone; stores no G. */
+typedef enum dot_natural_method { DOT_NATURAL_DENSE, DOT_NATURAL_CG, DOT_NATURAL_DIAGONAL } dot_natural_method;
+typedef struct dot_natural_options {
+    uint32_t magic;             /* set by dot_natural_defaults */
+    dot_fisher fisher;          /* DOT_FISHER_EMPIRICAL */
+    dot_natural_method method;  /* DOT_NATURAL_DENSE */
+    double lr;                  /* 1 */
+    double damping;             /* must be set, above 0: F has no inverse where examples are fewer than parameters */
+    double scale;               /* 1: F is multiplied by it. Gauss-Newton with dot_mse_loss: 2 / outputs */
+    int64_t examples;           /* must be set: N. G takes 8 examples outputs n bytes */
+    int64_t outputs;            /* 1; Gauss-Newton: elements of an example's output */
+    int cg_iterations;          /* 250, and */
+    double cg_tolerance;        /* 1e-10: CG ends when |residual| <= cg_tolerance |g| */
+} dot_natural_options;
+dot_natural_options dot_natural_defaults(void);
+typedef struct dot_natural dot_natural;
+dot_natural *dot_natural_create(dot_context *ctx, dot_layer *layer, const dot_natural_options *options);
+/* One update; returns the loss before it. `example` returns the loss of example i (a scalar), or for GAUSS_NEWTON its outputs.
+   `loss` may be NULL with EMPIRICAL: the mean of the examples' losses. When something is not finite, theta stays. */
+double dot_natural_step(dot_natural *natural, dot_loss_function loss, dot_indexed_function example, void *user);
+
+/* K-FAC: the natural gradient with F of each linear layer taken as A x G (Kronecker), A = E[a a'] of its inputs (with a 1 for
+   the bias), G = E[g g'] of the gradients at its outputs, both moving averages that begin as I. A layer's gradient M, [in, out],
+   becomes Qa (Qa' M Qg / (da dg' + damping)) Qg' with the eigenvectors and eigenvalues of A and G; all layers' are scaled by
+   min(1, sqrt(kl_clip / (lr^2 sum v M))); parameters of other layers keep their gradient; then SGD with momentum.
+   (Martens, Grosse 2015; the form of alecwangcq/KFAC-Pytorch.) The layer must have been built: from dot_kfac_create on its
+   linear layers remember their inputs and outputs in each training step. A linear layer is used once in a step. The eigenvectors
+   are by Jacobi rotations, O(size^3), one factor a thread: seconds for a factor of 500. */
+typedef struct dot_kfac_options {
+    uint32_t magic;             /* set by dot_kfac_defaults */
+    dot_fisher fisher;          /* DOT_FISHER_SAMPLED: what `statistics` returns, see dot_kfac_step */
+    double lr, momentum;        /* 1e-3, 0.9 */
+    double decay;               /* 0.95: of the averages; 0: the latest statistics alone */
+    double damping, kl_clip;    /* 1e-3, above 0; 1e-3, above 0 */
+    int statistics_every;       /* 10 steps, from the first on */
+    int inverse_every;          /* 100 */
+} dot_kfac_options;
+dot_kfac_options dot_kfac_defaults(void);
+typedef struct dot_kfac dot_kfac;
+dot_kfac *dot_kfac_create(dot_context *ctx, dot_layer *layer, const dot_kfac_options *options);
+/* One update; returns the loss before it. Losses are means over the rows of the batch. `statistics` begins with dot_step_begin
+   and returns: SAMPLED: the loss with labels drawn from the model's prediction; EMPIRICAL: the loss with its own labels (or
+   is NULL: `loss` is taken); GAUSS_NEWTON: the outputs [rows, outputs], for one backward pass each. Statistics and gradients
+   that are not finite are left out. */
+double dot_kfac_step(dot_kfac *kfac, dot_loss_function loss, dot_loss_function statistics, void *user);
+
 /* ==== [10 schedules] =============================================================================== */
 
 /* A schedule is a pure function from the step (0, 1, ...) to a multiplier of the base learning rate. It has no state to save,
@@ -907,7 +1049,6 @@ const char *dot_plateau_invalid(const dot_plateau *plateau, char *buffer, size_t
 /* Compares the gradients of the scalar f(user) with central differences, for every element of `inputs` (persistent
    DOT_F64 tensors with gradient, in a context of one lane). f must call dot_step_begin first and return the loss. Returns
    the largest |analytic - numeric| / max(1, |analytic|, |numeric|), or NaN after an error. step: 1e-6 is PyTorch's. */
-typedef dot_tensor *(*dot_loss_function)(void *user);
 double dot_gradient_check(dot_context *ctx, dot_loss_function f, void *user, dot_tensor *const *inputs, int count,
                           double step);
 
@@ -1604,6 +1745,7 @@ bool dot_lane_active(const dot_context *ctx, int lane)
 #define DOT__STREAM_SHUFFLE ((uint64_t)3 << 56)     /* + epoch */
 #define DOT__STREAM_STATE   ((uint64_t)4 << 56)     /* + parameter << 40 + state << 38 + its step: stochastic rounding */
 #define DOT__STREAM_NOISE   ((uint64_t)5 << 56)     /* + parameter << 40 + its step: noisy SGD */
+#define DOT__STREAM_SOLVER  ((uint64_t)9 << 56)     /* + step: CMA-ES, SPSA */
 
 void dot_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
 {
@@ -7830,7 +7972,7 @@ static void dot__rule_over_all(const dot_optimizer *opt, int group, int lane, co
 }
 
 /* A parameter that has no gradient in this step is still some way from where it began. */
-static void dot__resting_sums(const dot_optimizer *opt, const dot__slot *slot, int lane, double *sum)
+static void dot__resting_sums(const dot__slot *slot, int lane, double *sum)
 {
     const dot_tensor *w = slot->tensor;
     for (int64_t i = 0; i < w->size && slot->state[0]; ++i) {
@@ -7858,7 +8000,7 @@ static void dot__over_all(dot_optimizer *opt)
             for (int k = 0; k < DOT__SUMS; ++k) sum[k] += own[k];
         }
         for (int i = 0; i < opt->slots && distance && opt->options.state == DOT_STATE_FULL; ++i)
-            if (!opt->slot[i].tensor->has_grad) dot__resting_sums(opt, &opt->slot[i], lane, sum);
+            if (!opt->slot[i].tensor->has_grad) dot__resting_sums(&opt->slot[i], lane, sum);
         for (int group = 0; group < opt->groups; ++group) dot__rule_over_all(opt, group, lane, sum);
     }
 }
@@ -8123,6 +8265,1381 @@ bool dot_optimizer_averaged(dot_optimizer *opt, bool on)
     }
     opt->averaged = on;
     return true;
+}
+
+/* ---- optimizers that evaluate the loss themselves ---- */
+
+#define DOT__MAGIC_LBFGS   0xd07c0901u
+#define DOT__MAGIC_CMAES   0xd07c0902u
+#define DOT__MAGIC_SPSA    0xd07c0903u
+#define DOT__MAGIC_SVRG    0xd07c0904u
+#define DOT__MAGIC_NATURAL 0xd07c0905u
+#define DOT__MAGIC_KFAC    0xd07c0906u
+
+/* The trainable parameters of a layer, those that ask for a gradient, as one vector. */
+typedef struct dot__flat {
+    dot_context *ctx;
+    dot_layer *layer;
+    int tensors;
+    dot_tensor **tensor;
+    int64_t n;
+    double *partial;                        /* one sum a piece */
+} dot__flat;
+
+static bool dot__flat_visit(void *user, const char *name, dot__parameter *p)
+{
+    dot__flat *v = (dot__flat *)user;
+    (void)name;
+    if (p->kind == DOT_KIND_BUFFER || !dot__is_float(p->tensor->dtype) || !p->tensor->requires_grad) return true;
+    v->tensor[v->tensors++] = p->tensor;
+    v->n += p->tensor->size;
+    return true;
+}
+
+static bool dot__flat_open(dot__flat *v, dot_context *ctx, dot_layer *layer)
+{
+    v->ctx = ctx;
+    v->layer = layer;
+    v->tensor = (dot_tensor **)dot__new(ctx, (size_t)dot_layer_parameters(layer) * sizeof(dot_tensor *));
+    if (!v->tensor || !dot__visit(layer, "", dot__flat_visit, v)) return false;
+    if (v->n == 0) dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: the layer has no trainable parameters", ctx->function);
+    return v->n > 0 && (v->partial = (double *)dot__new(ctx, (size_t)dot__ceil_div(v->n, DOT__PIECE) * sizeof(double))) != NULL;
+}
+
+/* What all _create functions check before they allocate. */
+static bool dot__solver_creatable(dot_context *ctx, dot_layer *layer, const char *function, uint32_t magic, uint32_t expected)
+{
+    if (!dot_ok(ctx) || !layer) return false;
+    ctx->function = function;
+    if (layer->ctx != ctx)
+        dot__fail(ctx, DOT_ERROR_STATE, "%s: layer of another context", function);
+    else if (ctx->lanes != 1)
+        dot__fail(ctx, DOT_ERROR_STATE, "%s: a context of %d lanes, expected one lane", function, ctx->lanes);
+    else if (magic != expected)
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: magic 0x%08x, expected options filled by their _defaults function", function,
+                  (unsigned)magic);
+    return dot_ok(ctx);
+}
+
+/* A vector (or matrix of `rows` of them) in persistent memory. */
+static double *dot__flat_new(const dot__flat *v, int64_t rows)
+{
+    size_t bytes = 0;
+    if ((uint64_t)rows <= SIZE_MAX && dot__mul_size((size_t)rows, (size_t)v->n, &bytes)
+        && dot__mul_size(bytes, sizeof(double), &bytes)) return (double *)dot__new(v->ctx, bytes);
+    dot__out_of_memory(v->ctx, SIZE_MAX / 2);
+    return NULL;
+}
+
+static void dot__flat_get(const dot__flat *v, double *x)
+{
+    for (int k = 0; k < v->tensors; ++k) {
+        const dot_tensor *t = v->tensor[k];
+        for (int64_t i = 0; i < t->size; ++i) *x++ = dot__load(dot__at(t, 0), t->dtype, i);
+    }
+}
+
+static void dot__flat_set(const dot__flat *v, const double *x)
+{
+    for (int k = 0; k < v->tensors; ++k) {
+        const dot_tensor *t = v->tensor[k];
+        for (int64_t i = 0; i < t->size; ++i) dot__store(dot__at(t, 0), t->dtype, i, *x++);
+    }
+}
+
+static void dot__flat_grad(const dot__flat *v, double *g)
+{
+    for (int k = 0; k < v->tensors; ++k) {
+        const dot_tensor *t = v->tensor[k];
+        for (int64_t i = 0; i < t->size; ++i) *g++ = dot__has_grad(t) ? dot__load(dot__at(t->grad, 0), t->dtype, i) : 0;
+    }
+}
+
+/* May the step begin? `given`: its functions are not NULL. */
+static bool dot__solver_ready(const dot__flat *v, const char *function, bool given)
+{
+    dot_context *ctx = v->ctx;
+    if (!dot_ok(ctx)) return false;
+    ctx->function = function;
+    if (!given) dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: a function is NULL", function);
+    else if (ctx->active_count == 0) dot__fail(ctx, DOT_ERROR_STATE, "%s: the context's lane is stopped", function);
+    return dot_ok(ctx);
+}
+
+/* The value of the loss that the user's function has returned and, unless g is NULL, its gradient. False after an error. */
+static bool dot__evaluate(const dot__flat *v, const char *function, dot_tensor *loss, double *value, double *g)
+{
+    dot_context *ctx = v->ctx;
+    if (!dot_ok(ctx)) return false;
+    if (!loss || loss->ctx != ctx) {
+        dot__fail(ctx, DOT_ERROR_STATE, "%s: the user's function returned %s, expected a scalar", function,
+                  loss ? "a tensor of another context" : "NULL");
+        return false;
+    }
+    if (loss->size != 1) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "%s: the user's function returned a tensor %s, expected a scalar", function,
+                  DOT__SHAPE(loss));
+        return false;
+    }
+    dot_zero_grad(v->layer);
+    if (g && !dot_backward(loss)) return false;
+    *value = dot__load(dot__at(loss, 0), loss->dtype, 0);
+    if (g) dot__flat_grad(v, g);
+    ctx->function = function;
+    return dot_zero_grad(v->layer);
+}
+
+/* ---- vectors: by pieces, whose sums are added up in order ---- */
+
+typedef struct dot__vector_job { const dot__flat *v; double *y, a; const double *x; } dot__vector_job;
+
+static void dot__vector_dot_piece(void *argument, int lane, int64_t piece)
+{
+    const dot__vector_job *job = (const dot__vector_job *)argument;
+    int64_t n, i = dot__part(job->v->n, piece, DOT__PIECE, &n);
+    double sum[2] = { 0, 0 };
+    (void)lane;
+    for (n += i; i < n; ++i) sum[i & 1] += job->x[i] * job->y[i];
+    job->v->partial[piece] = sum[0] + sum[1];
+}
+
+static void dot__vector_add_piece(void *argument, int lane, int64_t piece)
+{
+    const dot__vector_job *job = (const dot__vector_job *)argument;
+    int64_t n, i = dot__part(job->v->n, piece, DOT__PIECE, &n);
+    (void)lane;
+    for (n += i; i < n; ++i) job->y[i] += job->a * job->x[i];
+}
+
+static double dot__vector_dot(const dot__flat *v, const double *x, double *y)
+{
+    dot__vector_job job = { v, y, 0, x };
+    int64_t pieces = dot__ceil_div(v->n, DOT__PIECE);
+    double sum = 0;
+    dot__parallel(v->ctx, false, pieces, dot__vector_dot_piece, &job);
+    for (int64_t p = 0; p < pieces; ++p) sum += v->partial[p];
+    return sum;
+}
+
+/* y += a x */
+static void dot__vector_add(const dot__flat *v, double *y, double a, const double *x)
+{
+    dot__vector_job job = { v, y, a, x };
+    dot__parallel(v->ctx, false, dot__ceil_div(v->n, DOT__PIECE), dot__vector_add_piece, &job);
+}
+
+/* y = a x */
+static void dot__vector_scale(const dot__flat *v, double *y, double a, const double *x)
+{
+    for (int64_t i = 0; i < v->n; ++i) y[i] = a * x[i];
+}
+
+static double dot__vector_max(const dot__flat *v, const double *x)     /* max |x| */
+{
+    double largest = 0;
+    for (int64_t i = 0; i < v->n; ++i) largest = fmax(largest, fabs(x[i]));
+    return largest;
+}
+
+static double dot__vector_sum(const dot__flat *v, const double *x)     /* sum |x|: not finite if an element is not */
+{
+    double sum = 0;
+    for (int64_t i = 0; i < v->n; ++i) sum += fabs(x[i]);
+    return sum;
+}
+
+/* ---- L-BFGS ---- */
+
+/* A point theta + t d of the line search: the loss, its slope along d, and its gradient. */
+typedef struct dot__wolfe_point { double t, f, slope, *g; } dot__wolfe_point;
+
+struct dot_lbfgs {
+    dot__flat v;
+    dot_lbfgs_options o;
+    dot_loss_function loss;        /* of the present step */
+    void *user;
+    int64_t iterations, evaluations;
+    int64_t step_evaluations;
+    bool fresh;                             /* no direction yet: begin with steepest descent */
+    int pairs, oldest;                      /* the ring of pairs */
+    double *s, *y, *rho, *alpha;            /* [history][n], 1 / s'y, scratch */
+    double t, scale;                        /* the latest step length; H0 */
+    double *x, *d, *previous;               /* theta, direction, gradient at the latest theta but one */
+    double *g[3];                           /* gradients of the line search's points */
+    double *start, *best, best_loss;        /* of this step */
+};
+
+dot_lbfgs_options dot_lbfgs_defaults(void)
+{
+    dot_lbfgs_options o;
+    memset(&o, 0, sizeof o);
+    o.magic = DOT__MAGIC_LBFGS;
+    o.lr = 1;
+    o.max_iter = 20;
+    o.max_eval = 25;
+    o.tolerance_grad = 1e-7;
+    o.tolerance_change = 1e-9;
+    o.history = 100;
+    o.line_search = DOT_LINE_SEARCH_NONE;
+    return o;
+}
+
+static bool dot__lbfgs_options_ok(dot_context *ctx, const dot_lbfgs_options *o)
+{
+    const char *f = "dot_lbfgs_create";
+    return dot__option_ok(ctx, f, "lr", o->lr, 0, 1e30, false) && dot__option_ok(ctx, f, "max_iter", o->max_iter, 1, 1e9, false)
+        && dot__option_ok(ctx, f, "max_eval", o->max_eval, 1, 1e9, false)
+        && dot__option_ok(ctx, f, "tolerance_grad", o->tolerance_grad, 0, 1e30, false)
+        && dot__option_ok(ctx, f, "tolerance_change", o->tolerance_change, 0, 1e30, false)
+        && dot__option_ok(ctx, f, "history", o->history, 1, 10000, false)
+        && dot__option_ok(ctx, f, "line_search", (double)o->line_search, DOT_LINE_SEARCH_NONE, DOT_LINE_SEARCH_STRONG_WOLFE,
+                          false);
+}
+
+dot_lbfgs *dot_lbfgs_create(dot_context *ctx, dot_layer *layer, const dot_lbfgs_options *options)
+{
+    dot_lbfgs_options o = options ? *options : dot_lbfgs_defaults();
+    if (!dot__solver_creatable(ctx, layer, "dot_lbfgs_create", o.magic, DOT__MAGIC_LBFGS)
+        || !dot__lbfgs_options_ok(ctx, &o)) return NULL;
+    dot_lbfgs *l = (dot_lbfgs *)dot__new(ctx, sizeof *l);
+    if (!l || !dot__flat_open(&l->v, ctx, layer)) return NULL;
+    double **vectors[] = { &l->x, &l->d, &l->previous, &l->g[0], &l->g[1], &l->g[2], &l->start, &l->best };
+    for (size_t i = 0; i < sizeof vectors / sizeof vectors[0]; ++i)
+        if (!(*vectors[i] = dot__flat_new(&l->v, 1))) return NULL;
+    size_t history = (size_t)o.history;
+    if (!(l->s = dot__flat_new(&l->v, o.history)) || !(l->y = dot__flat_new(&l->v, o.history))
+        || !(l->rho = (double *)dot__new(ctx, history * sizeof(double)))
+        || !(l->alpha = (double *)dot__new(ctx, history * sizeof(double)))) return NULL;
+    l->o = o;
+    l->fresh = true;
+    return l;
+}
+
+int64_t dot_lbfgs_iterations(const dot_lbfgs *l)  { return l ? l->iterations : 0; }
+int64_t dot_lbfgs_evaluations(const dot_lbfgs *l) { return l ? l->evaluations : 0; }
+
+/* Loss and gradient at the parameters as they are. False after an error, and when they are not finite. */
+static bool dot__lbfgs_evaluate(dot_lbfgs *l, dot__wolfe_point *p)
+{
+    l->evaluations++;
+    l->step_evaluations++;
+    if (!dot__evaluate(&l->v, "dot_lbfgs_step", l->loss(l->user), &p->f, p->g)) return false;
+    if (!dot__finite(p->f) || !dot__finite(dot__vector_sum(&l->v, p->g))) return false;
+    if (p->f < l->best_loss) {
+        l->best_loss = p->f;
+        dot__flat_get(&l->v, l->best);
+    }
+    return true;
+}
+
+/* theta = x + t d */
+static void dot__lbfgs_move(dot_lbfgs *l, double t)
+{
+    const double *x = l->x, *d = l->d;
+    for (int k = 0; k < l->v.tensors; ++k) {
+        const dot_tensor *w = l->v.tensor[k];
+        for (int64_t i = 0; i < w->size; ++i) dot__store(dot__at(w, 0), w->dtype, i, *x++ + t * *d++);
+    }
+}
+
+static bool dot__wolfe_at(dot_lbfgs *l, double t, dot__wolfe_point *p)
+{
+    dot__lbfgs_move(l, t);
+    p->t = t;
+    if (!dot__lbfgs_evaluate(l, p)) return false;
+    p->slope = dot__vector_dot(&l->v, p->g, l->d);
+    return true;
+}
+
+/* The minimum, within the bounds, of the cubic through two points with their slopes. (Nocedal, Wright 2006, eq. 3.59) */
+static double dot__wolfe_cubic(const dot__wolfe_point *a, const dot__wolfe_point *b, double low, double high)
+{
+    double d1 = a->slope + b->slope - 3 * (a->f - b->f) / (a->t - b->t), square = d1 * d1 - a->slope * b->slope;
+    if (!(square >= 0)) return (low + high) / 2;
+    double d2 = sqrt(square);
+    double t = a->t <= b->t ? b->t - (b->t - a->t) * ((b->slope + d2 - d1) / (b->slope - a->slope + 2 * d2))
+                            : a->t - (a->t - b->t) * ((a->slope + d2 - d1) / (a->slope - b->slope + 2 * d2));
+    return t > low ? t < high ? t : high : low;     /* NaN: low */
+}
+
+/* The one of the three gradients' places that neither point uses. */
+static double *dot__wolfe_place(dot_lbfgs *l, const dot__wolfe_point *a, const dot__wolfe_point *b)
+{
+    int i = 0;
+    while (l->g[i] == a->g || l->g[i] == b->g) ++i;
+    return l->g[i];
+}
+
+/* Where to look next between the ends of the bracket. A minimum near an end is tried once; the second time in turn, or at the end
+   itself, a tenth of the way into the bracket is taken. */
+static double dot__wolfe_trial(const dot__wolfe_point b[2], bool *near_end)
+{
+    double low = fmin(b[0].t, b[1].t), high = fmax(b[0].t, b[1].t), tenth = 0.1 * (high - low);
+    double t = dot__wolfe_cubic(&b[0], &b[1], low, high);
+    if (!(fmin(high - t, t - low) < tenth)) {
+        *near_end = false;
+    } else if (*near_end || t >= high || t <= low) {
+        t = fabs(t - high) < fabs(t - low) ? high - tenth : low + tenth;
+        *near_end = false;
+    } else {
+        *near_end = true;
+    }
+    return t;
+}
+
+static const double dot__wolfe_c1 = 1e-4, dot__wolfe_c2 = 0.9;
+
+/* Shrinks the bracket until its lower end satisfies the strong Wolfe conditions; returns that end in *low. */
+static bool dot__wolfe_zoom(dot_lbfgs *l, const dot__wolfe_point *start, dot__wolfe_point b[2], int tries, dot__wolfe_point *low)
+{
+    double length = dot__vector_max(&l->v, l->d);
+    int lo = b[0].f <= b[1].f ? 0 : 1;
+    bool done = false, near_end = false;
+    while (!done && tries-- > 0 && !(fabs(b[1].t - b[0].t) * length < l->o.tolerance_change)) {
+        dot__wolfe_point p;
+        p.g = dot__wolfe_place(l, &b[0], &b[1]);
+        if (!dot__wolfe_at(l, dot__wolfe_trial(b, &near_end), &p)) return false;
+        if (p.f > start->f + dot__wolfe_c1 * p.t * start->slope || p.f >= b[lo].f) {
+            b[1 - lo] = p;
+            lo = b[0].f <= b[1].f ? 0 : 1;
+            continue;
+        }
+        if (fabs(p.slope) <= -dot__wolfe_c2 * start->slope) done = true;
+        else if (p.slope * (b[1 - lo].t - b[lo].t) >= 0) b[1 - lo] = b[lo];
+        b[lo] = p;
+    }
+    *low = b[lo];
+    return true;
+}
+
+/* From *now, along d: steps out until a bracket is found, then zooms. *now becomes the point found. */
+static bool dot__wolfe_search(dot_lbfgs *l, dot__wolfe_point *now, int max_tries)
+{
+    dot__wolfe_point start = *now, b[2] = { *now, *now }, *previous = &b[0], *p = &b[1];
+    bool done = false, found = false;
+    int tries = 0;
+    p->g = dot__wolfe_place(l, &start, previous);
+    if (!dot__wolfe_at(l, l->t, p)) return false;
+    for (; tries < max_tries; ++tries) {
+        found = p->f > start.f + dot__wolfe_c1 * p->t * start.slope || (tries > 1 && p->f >= previous->f);
+        done = !found && fabs(p->slope) <= -dot__wolfe_c2 * start.slope;
+        found = found || p->slope >= 0;
+        if (done || found) break;
+        double t = dot__wolfe_cubic(previous, p, p->t + 0.01 * (p->t - previous->t), p->t * 10);
+        *previous = *p;
+        p->g = dot__wolfe_place(l, &start, previous);
+        if (!dot__wolfe_at(l, t, p)) return false;
+    }
+    if (done) {
+        *now = *p;
+        return true;
+    }
+    if (!found) *previous = start;              /* out of tries: the better of the first and the last */
+    return dot__wolfe_zoom(l, &start, b, max_tries - tries, now);
+}
+
+/* Keeps the pair of the latest move, if its curvature is positive; the oldest makes room. */
+static void dot__lbfgs_remember(dot_lbfgs *l, const double *g)
+{
+    const dot__flat *v = &l->v;
+    int slot = (l->oldest + l->pairs) % l->o.history;
+    double *s = l->s + slot * v->n, *y = l->y + slot * v->n;
+    double *candidate_s = l->d, *candidate_y = l->previous;        /* both are used up after this */
+    for (int64_t i = 0; i < v->n; ++i) {
+        candidate_y[i] = g[i] - candidate_y[i];
+        candidate_s[i] *= l->t;
+    }
+    double ys = dot__vector_dot(v, candidate_y, candidate_s);
+    if (!(ys > 1e-10)) return;
+    memcpy(s, candidate_s, (size_t)v->n * sizeof(double));
+    memcpy(y, candidate_y, (size_t)v->n * sizeof(double));
+    l->rho[slot] = 1 / ys;
+    l->scale = ys / dot__vector_dot(v, y, y);
+    if (l->pairs < l->o.history) l->pairs++; else l->oldest = (l->oldest + 1) % l->o.history;
+}
+
+/* d = -H g by the two-loop recursion. */
+static void dot__lbfgs_direction(dot_lbfgs *l, const double *g)
+{
+    const dot__flat *v = &l->v;
+    if (l->fresh) {
+        l->pairs = l->oldest = 0;
+        l->scale = 1;
+    } else {
+        dot__lbfgs_remember(l, g);
+    }
+    dot__vector_scale(v, l->d, -1, g);
+    for (int i = l->pairs; i-- > 0;) {
+        int slot = (l->oldest + i) % l->o.history;
+        l->alpha[slot] = dot__vector_dot(v, l->s + slot * v->n, l->d) * l->rho[slot];
+        dot__vector_add(v, l->d, -l->alpha[slot], l->y + slot * v->n);
+    }
+    dot__vector_scale(v, l->d, l->scale, l->d);
+    for (int i = 0; i < l->pairs; ++i) {
+        int slot = (l->oldest + i) % l->o.history;
+        double beta = dot__vector_dot(v, l->y + slot * v->n, l->d) * l->rho[slot];
+        dot__vector_add(v, l->d, l->alpha[slot] - beta, l->s + slot * v->n);
+    }
+}
+
+/* The iterations of a step, from *now. False after an error, and when something is not finite. */
+static bool dot__lbfgs_iterate(dot_lbfgs *l, dot__wolfe_point *now)
+{
+    const dot_lbfgs_options *o = &l->o;
+    bool search = o->line_search == DOT_LINE_SEARCH_STRONG_WOLFE;
+    for (int i = 1; i <= o->max_iter; ++i) {
+        l->iterations++;
+        dot__lbfgs_direction(l, now->g);
+        memcpy(l->previous, now->g, (size_t)l->v.n * sizeof(double));
+        l->t = o->lr * (l->fresh ? fmin(1, 1 / dot__vector_sum(&l->v, now->g)) : 1);
+        l->fresh = false;
+        double before = now->f;
+        now->t = 0;
+        now->slope = dot__vector_dot(&l->v, now->g, l->d);
+        if (now->slope > -o->tolerance_change) break;
+        if (search) {
+            if (!dot__wolfe_search(l, now, (int)(o->max_eval - l->step_evaluations))) return false;
+            l->t = now->t;
+        }
+        dot__lbfgs_move(l, l->t);
+        if (!search && i < o->max_iter && !dot__lbfgs_evaluate(l, now)) return false;
+        dot__flat_get(&l->v, l->x);
+        if (l->step_evaluations >= o->max_eval || dot__vector_max(&l->v, now->g) <= o->tolerance_grad
+            || fabs(l->t) * dot__vector_max(&l->v, l->d) <= o->tolerance_change
+            || fabs(now->f - before) < o->tolerance_change) break;
+    }
+    return true;
+}
+
+double dot_lbfgs_step(dot_lbfgs *l, dot_loss_function loss, void *user)
+{
+    if (!l || !dot__solver_ready(&l->v, "dot_lbfgs_step", loss != NULL)) return (double)NAN;
+    dot__wolfe_point now = { 0, (double)NAN, 0, l->g[0] };
+    l->loss = loss;
+    l->user = user;
+    l->step_evaluations = 0;
+    l->best_loss = (double)INFINITY;
+    dot__flat_get(&l->v, l->start);
+    memcpy(l->x, l->start, (size_t)l->v.n * sizeof(double));
+    bool good = dot__lbfgs_evaluate(l, &now);
+    double first = now.f;
+    if (good && dot__vector_max(&l->v, now.g) > l->o.tolerance_grad) good = dot__lbfgs_iterate(l, &now);
+    if (good) return first;
+    l->fresh = true;
+    dot__flat_set(&l->v, dot_ok(l->v.ctx) && l->best_loss < (double)INFINITY ? l->best : l->start);
+    dot_zero_grad(l->v.layer);
+    return dot_ok(l->v.ctx) ? first : (double)NAN;
+}
+
+/* ---- CMA-ES ---- */
+
+struct dot_cmaes {
+    dot__flat v;
+    int population, parents;
+    uint64_t seed;
+    uint64_t generation;
+    double sigma, best_loss;
+    double mu_eff, c_sigma, d_sigma, c_c, c_1, c_mu, expected;  /* names of the tutorial; expected: E|N(0, I)| */
+    double *weight, weight_sum;             /* by rank */
+    double *loss;                           /* of the samples */
+    int *rank;                              /* samples, best first */
+    uint64_t decompose_every, decomposed;   /* generations */
+    double *mean, *best, *x;
+    double *path_sigma, *path_c;
+    double *z, *y;                          /* [population][n]: z ~ N(0, I), y = C^1/2 z */
+    double *step_z, *step_y;                /* their weighted means over the parents */
+    double *c, *root, *vectors, *values;    /* C, its symmetric square root, its eigenvectors and eigenvalues */
+};
+
+dot_cmaes_options dot_cmaes_defaults(void)
+{
+    dot_cmaes_options o;
+    memset(&o, 0, sizeof o);
+    o.magic = DOT__MAGIC_CMAES;
+    o.sigma = 0.3;
+    return o;
+}
+
+/* Table 1 of the tutorial. */
+static void dot__cmaes_parameters(dot_cmaes *s)
+{
+    double n = (double)s->v.n, lambda = s->population, sum[2] = { 0, 0 }, squares[2] = { 0, 0 };
+    for (int i = 0; i < s->population; ++i) {
+        double w = s->weight[i] = log((lambda + 1) / 2) - log(i + 1.0);
+        sum[i >= s->parents] += w;
+        squares[i >= s->parents] += w * w;
+    }
+    double m = s->mu_eff = sum[0] * sum[0] / squares[0], m_negative = sum[1] * sum[1] / squares[1];
+    s->c_sigma = (m + 2) / (n + m + 5);
+    s->d_sigma = 1 + 2 * fmax(0, sqrt((m - 1) / (n + 1)) - 1) + s->c_sigma;
+    s->c_c = (4 + m / n) / (n + 4 + 2 * m / n);
+    s->c_1 = 2 / ((n + 1.3) * (n + 1.3) + m);
+    s->c_mu = fmin(1 - s->c_1, 2 * (0.25 + m + 1 / m - 2) / ((n + 2) * (n + 2) + m));
+    double negative = fmin(1 + s->c_1 / s->c_mu, fmin(1 + 2 * m_negative / (m + 2), (1 - s->c_1 - s->c_mu) / (n * s->c_mu)));
+    s->weight_sum = 0;
+    for (int i = 0; i < s->population; ++i) {
+        s->weight[i] *= i < s->parents ? 1 / sum[0] : negative / -sum[1];
+        s->weight_sum += s->weight[i];
+    }
+    s->expected = sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n));
+    s->decompose_every = (uint64_t)fmax(1, floor(1 / (10 * n * (s->c_1 + s->c_mu))));
+}
+
+dot_cmaes *dot_cmaes_create(dot_context *ctx, dot_layer *layer, const dot_cmaes_options *options)
+{
+    dot_cmaes_options o = options ? *options : dot_cmaes_defaults();
+    const char *f = "dot_cmaes_create";
+    if (!dot__solver_creatable(ctx, layer, f, o.magic, DOT__MAGIC_CMAES)
+        || !dot__option_ok(ctx, f, "sigma", o.sigma, 1e-300, 1e30, false)
+        || (o.population != 0 && !dot__option_ok(ctx, f, "population", o.population, 4, 1e6, false))) return NULL;
+    dot_cmaes *s = (dot_cmaes *)dot__new(ctx, sizeof *s);
+    if (!s || !dot__flat_open(&s->v, ctx, layer)) return NULL;
+    int64_t n = s->v.n;
+    if (!dot__option_ok(ctx, f, "the number of trainable parameters", (double)n, 1, 4096, false)) return NULL;
+    s->population = o.population ? o.population : 4 + (int)floor(3 * log((double)n));
+    s->parents = s->population / 2;
+    s->sigma = o.sigma;
+    s->best_loss = (double)INFINITY;
+    s->seed = ctx->lane_seeds[0] + o.seed * UINT64_C(0x9E3779B97F4A7C15);
+    size_t samples = (size_t)s->population;
+    double **vectors[] = { &s->mean, &s->best, &s->x, &s->path_sigma, &s->path_c, &s->step_z, &s->step_y, &s->values };
+    double **matrices[] = { &s->c, &s->root, &s->vectors };
+    for (size_t i = 0; i < sizeof vectors / sizeof vectors[0]; ++i) if (!(*vectors[i] = dot__flat_new(&s->v, 1))) return NULL;
+    for (size_t i = 0; i < sizeof matrices / sizeof matrices[0]; ++i) if (!(*matrices[i] = dot__flat_new(&s->v, n))) return NULL;
+    if (!(s->z = dot__flat_new(&s->v, s->population)) || !(s->y = dot__flat_new(&s->v, s->population))
+        || !(s->weight = (double *)dot__new(ctx, samples * sizeof(double)))
+        || !(s->loss = (double *)dot__new(ctx, samples * sizeof(double)))
+        || !(s->rank = (int *)dot__new(ctx, samples * sizeof(int)))) return NULL;
+    dot__cmaes_parameters(s);
+    dot__flat_get(&s->v, s->mean);
+    for (int64_t i = 0; i < n; ++i) s->c[i * n + i] = s->root[i * n + i] = 1;
+    return s;
+}
+
+double dot_cmaes_sigma(const dot_cmaes *s) { return s ? s->sigma : (double)NAN; }
+
+double dot_cmaes_best(dot_cmaes *s)
+{
+    if (!s || !dot_ok(s->v.ctx) || !(s->best_loss < (double)INFINITY)) return (double)NAN;
+    dot__flat_set(&s->v, s->best);
+    return s->best_loss;
+}
+
+/* Rotates rows and columns p and q of the symmetric a so that a[p][q] vanishes, and the rows of b with them. */
+static void dot__jacobi_rotate(double *a, double *b, int64_t n, int64_t p, int64_t q)
+{
+    double *ap = a + p * n, *aq = a + q * n, *bp = b + p * n, *bq = b + q * n, apq = ap[q], app = ap[p], aqq = aq[q];
+    double theta = (aqq - app) / (2 * apq);
+    double t = (theta < 0 ? -1 : 1) / (fabs(theta) + sqrt(theta * theta + 1)), c = 1 / sqrt(t * t + 1), s = t * c;
+    for (int64_t k = 0; k < n; ++k) {
+        double x = ap[k], y = aq[k], u = bp[k], v = bq[k];
+        ap[k] = c * x - s * y;
+        aq[k] = s * x + c * y;
+        bp[k] = c * u - s * v;
+        bq[k] = s * u + c * v;
+    }
+    ap[p] = app - t * apq;
+    aq[q] = aqq + t * apq;
+    ap[q] = aq[p] = 0;
+    for (int64_t k = 0; k < n; ++k) {
+        a[k * n + p] = ap[k];
+        a[k * n + q] = aq[k];
+    }
+}
+
+/* Eigenvalues of the symmetric a [n, n], which is destroyed, to value[n]; eigenvectors to the rows of b. Cyclic Jacobi. (Golub,
+   Van Loan, "Matrix computations", 8.5) */
+static void dot__jacobi(double *a, double *b, double *value, int64_t n)
+{
+    for (int64_t i = 0; i < n * n; ++i) b[i] = i % (n + 1) == 0;
+    bool rotated = true;
+    for (int sweep = 0; sweep < 60 && rotated; ++sweep) {
+        rotated = false;
+        for (int64_t p = 0; p < n; ++p)
+            for (int64_t q = p + 1; q < n; ++q) {
+                if (!(fabs(a[p * n + q]) > 1e-16 * sqrt(fabs(a[p * n + p] * a[q * n + q])))) continue;
+                dot__jacobi_rotate(a, b, n, p, q);
+                rotated = true;
+            }
+    }
+    for (int64_t i = 0; i < n; ++i) value[i] = a[i * n + i];
+}
+
+static void dot__cmaes_decompose(dot_cmaes *s)
+{
+    int64_t n = s->v.n;
+    memcpy(s->root, s->c, (size_t)(n * n) * sizeof(double));
+    dot__jacobi(s->root, s->vectors, s->values, n);
+    double floor_value = 1e-20 * dot__vector_max(&s->v, s->values);     /* rounding may make one negative */
+    memset(s->root, 0, (size_t)(n * n) * sizeof(double));
+    for (int64_t k = 0; k < n; ++k) {
+        const double *vector = s->vectors + k * n;
+        double value = sqrt(fmax(s->values[k], floor_value));
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 0; j < n; ++j) s->root[i * n + j] += value * vector[i] * vector[j];
+    }
+    s->decomposed = s->generation + 1;
+}
+
+/* Draws the population, evaluates and ranks it; a loss that is not finite counts as infinite. */
+static bool dot__cmaes_sample(dot_cmaes *s, dot_loss_function loss, void *user)
+{
+    int64_t n = s->v.n;
+    for (int k = 0; k < s->population; ++k) {
+        double *z = s->z + k * n, *y = s->y + k * n;
+        for (int64_t i = 0; i < n; ++i)
+            z[i] = dot_random_normal(s->seed, DOT__STREAM_SOLVER + s->generation, (uint64_t)(k * n + i));
+        for (int64_t i = 0; i < n; ++i) {
+            y[i] = dot__vector_dot(&s->v, s->root + i * n, z);
+            s->x[i] = s->mean[i] + s->sigma * y[i];
+        }
+        dot__flat_set(&s->v, s->x);
+        if (!dot__evaluate(&s->v, "dot_cmaes_step", loss(user), &s->loss[k], NULL)) return false;
+        if (!dot__finite(s->loss[k])) s->loss[k] = (double)INFINITY;
+        if (s->loss[k] < s->best_loss) {
+            s->best_loss = s->loss[k];
+            dot__flat_get(&s->v, s->best);
+        }
+        int place = k;
+        for (; place > 0 && s->loss[s->rank[place - 1]] > s->loss[k]; --place) s->rank[place] = s->rank[place - 1];
+        s->rank[place] = k;
+    }
+    return true;
+}
+
+/* Mean, step size and evolution paths; returns h_sigma. */
+static double dot__cmaes_move(dot_cmaes *s)
+{
+    int64_t n = s->v.n;
+    double cs = s->c_sigma, norm = 0, generations = (double)s->generation + 1;
+    memset(s->step_z, 0, (size_t)n * sizeof(double));
+    memset(s->step_y, 0, (size_t)n * sizeof(double));
+    for (int i = 0; i < s->parents; ++i) {
+        dot__vector_add(&s->v, s->step_z, s->weight[i], s->z + s->rank[i] * n);
+        dot__vector_add(&s->v, s->step_y, s->weight[i], s->y + s->rank[i] * n);
+    }
+    dot__vector_add(&s->v, s->mean, s->sigma, s->step_y);
+    for (int64_t i = 0; i < n; ++i) {
+        s->path_sigma[i] = (1 - cs) * s->path_sigma[i] + sqrt(cs * (2 - cs) * s->mu_eff) * s->step_z[i];  /* = C^-1/2 step_y */
+        norm += s->path_sigma[i] * s->path_sigma[i];
+    }
+    norm = sqrt(norm);
+    s->sigma *= exp(cs / s->d_sigma * (norm / s->expected - 1));
+    double h = norm / sqrt(1 - pow(1 - cs, 2 * generations)) < (1.4 + 2 / ((double)n + 1)) * s->expected;
+    for (int64_t i = 0; i < n; ++i)
+        s->path_c[i] = (1 - s->c_c) * s->path_c[i] + h * sqrt(s->c_c * (2 - s->c_c) * s->mu_eff) * s->step_y[i];
+    return h;
+}
+
+static void dot__cmaes_covariance(dot_cmaes *s, double h)
+{
+    int64_t n = s->v.n;
+    double keep = 1 + s->c_1 * (1 - h) * s->c_c * (2 - s->c_c) - s->c_1 - s->c_mu * s->weight_sum;
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j <= i; ++j) s->c[i * n + j] = keep * s->c[i * n + j] + s->c_1 * s->path_c[i] * s->path_c[j];
+    for (int k = 0; k < s->population; ++k) {
+        double *y = s->y + s->rank[k] * n, *z = s->z + s->rank[k] * n, w = s->c_mu * s->weight[k];
+        if (w < 0) w *= (double)n / dot__vector_dot(&s->v, z, z);       /* z = C^-1/2 y */
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 0; j <= i; ++j) s->c[i * n + j] += w * y[i] * y[j];
+    }
+    for (int64_t i = 0; i < n; ++i)
+        for (int64_t j = 0; j < i; ++j) s->c[j * n + i] = s->c[i * n + j];
+}
+
+double dot_cmaes_step(dot_cmaes *s, dot_loss_function loss, void *user)
+{
+    if (!s || !dot__solver_ready(&s->v, "dot_cmaes_step", loss != NULL)) return (double)NAN;
+    double best_loss = s->best_loss;
+    if (!dot__cmaes_sample(s, loss, user)) {
+        s->best_loss = best_loss;
+        dot__flat_set(&s->v, s->mean);
+        return (double)NAN;
+    }
+    if (s->loss[s->rank[s->parents - 1]] < (double)INFINITY) {
+        dot__cmaes_covariance(s, dot__cmaes_move(s));
+        if (s->generation + 1 - s->decomposed >= s->decompose_every) dot__cmaes_decompose(s);
+    } else {
+        s->sigma /= 2;
+    }
+    s->generation++;
+    dot__flat_set(&s->v, s->mean);
+    return s->loss[s->rank[0]];
+}
+
+/* ---- SPSA ---- */
+
+struct dot_spsa {
+    dot__flat v;
+    dot_spsa_options o;
+    uint64_t seed, k;
+    double *x, *delta, *moved;
+};
+
+dot_spsa_options dot_spsa_defaults(void)
+{
+    dot_spsa_options o;
+    memset(&o, 0, sizeof o);
+    o.magic = DOT__MAGIC_SPSA;
+    o.a = 0.16;
+    o.c = 0.3;
+    o.stability = 100;
+    o.alpha = 0.602;
+    o.gamma = 0.101;
+    return o;
+}
+
+dot_spsa *dot_spsa_create(dot_context *ctx, dot_layer *layer, const dot_spsa_options *options)
+{
+    dot_spsa_options o = options ? *options : dot_spsa_defaults();
+    const char *f = "dot_spsa_create";
+    if (!dot__solver_creatable(ctx, layer, f, o.magic, DOT__MAGIC_SPSA) || !dot__option_ok(ctx, f, "a", o.a, 0, 1e30, false)
+        || !dot__option_ok(ctx, f, "c", o.c, 1e-300, 1e30, false)
+        || !dot__option_ok(ctx, f, "stability", o.stability, 0, 1e30, false)
+        || !dot__option_ok(ctx, f, "alpha", o.alpha, 0, 1e3, false)
+        || !dot__option_ok(ctx, f, "gamma", o.gamma, 0, 1e3, false)) return NULL;
+    dot_spsa *s = (dot_spsa *)dot__new(ctx, sizeof *s);
+    if (!s || !dot__flat_open(&s->v, ctx, layer) || !(s->x = dot__flat_new(&s->v, 1)) || !(s->delta = dot__flat_new(&s->v, 1))
+        || !(s->moved = dot__flat_new(&s->v, 1))) return NULL;
+    s->o = o;
+    s->seed = ctx->lane_seeds[0] + o.seed * UINT64_C(0x9E3779B97F4A7C15);
+    return s;
+}
+
+/* theta = x + c delta */
+static void dot__spsa_move(dot_spsa *s, double c)
+{
+    for (int64_t i = 0; i < s->v.n; ++i) s->moved[i] = s->x[i] + c * s->delta[i];
+    dot__flat_set(&s->v, s->moved);
+}
+
+double dot_spsa_step(dot_spsa *s, dot_loss_function loss, void *user)
+{
+    if (!s || !dot__solver_ready(&s->v, "dot_spsa_step", loss != NULL)) return (double)NAN;
+    double k = (double)s->k, above, below;
+    double a = s->o.a / pow(k + 1 + s->o.stability, s->o.alpha), c = s->o.c / pow(k + 1, s->o.gamma);
+    dot__flat_get(&s->v, s->x);
+    for (int64_t i = 0; i < s->v.n; ++i)
+        s->delta[i] = dot_random_uniform(s->seed, DOT__STREAM_SOLVER + s->k, (uint64_t)i) < 0.5 ? -1 : 1;
+    dot__spsa_move(s, c);
+    bool good = dot__evaluate(&s->v, "dot_spsa_step", loss(user), &above, NULL);
+    if (good) dot__spsa_move(s, -c);
+    if (!good || !dot__evaluate(&s->v, "dot_spsa_step", loss(user), &below, NULL)) {
+        dot__flat_set(&s->v, s->x);
+        return (double)NAN;
+    }
+    double slope = (above - below) / (2 * c);
+    dot__spsa_move(s, dot__finite(slope) ? -a * slope : 0);             /* 1 / delta = delta */
+    s->k++;
+    return (above + below) / 2;
+}
+
+/* ---- SVRG ---- */
+
+struct dot_svrg {
+    dot__flat v;
+    dot_svrg_options o;
+    uint64_t seed, snapshots;
+    double *snapshot, *full, *x, *g, *g_snapshot;
+};
+
+dot_svrg_options dot_svrg_defaults(void)
+{
+    dot_svrg_options o;
+    memset(&o, 0, sizeof o);
+    o.magic = DOT__MAGIC_SVRG;
+    o.lr = 1e-2;
+    o.batches = 1;
+    return o;
+}
+
+dot_svrg *dot_svrg_create(dot_context *ctx, dot_layer *layer, const dot_svrg_options *options)
+{
+    dot_svrg_options o = options ? *options : dot_svrg_defaults();
+    const char *f = "dot_svrg_create";
+    if (!dot__solver_creatable(ctx, layer, f, o.magic, DOT__MAGIC_SVRG) || !dot__option_ok(ctx, f, "lr", o.lr, 0, 1e30, false)
+        || !dot__option_ok(ctx, f, "batches", (double)o.batches, 1, 1e15, false)
+        || !dot__option_ok(ctx, f, "inner", (double)o.inner, 0, 1e15, false)) return NULL;
+    dot_svrg *s = (dot_svrg *)dot__new(ctx, sizeof *s);
+    if (!s || !dot__flat_open(&s->v, ctx, layer)) return NULL;
+    double **vectors[] = { &s->snapshot, &s->full, &s->x, &s->g, &s->g_snapshot };
+    for (size_t i = 0; i < sizeof vectors / sizeof vectors[0]; ++i)
+        if (!(*vectors[i] = dot__flat_new(&s->v, 1))) return NULL;
+    s->o = o;
+    if (s->o.inner == 0) s->o.inner = 2 * o.batches;
+    s->seed = ctx->lane_seeds[0] + o.seed * UINT64_C(0x9E3779B97F4A7C15);
+    return s;
+}
+
+/* One inner update of x. False after an error, and when a gradient is not finite. */
+static bool dot__svrg_update(dot_svrg *s, dot_indexed_function batch, void *user, int64_t j)
+{
+    const dot__flat *v = &s->v;
+    int64_t i = (int64_t)(dot_random_uniform(s->seed, DOT__STREAM_SOLVER + s->snapshots, (uint64_t)j) * (double)s->o.batches);
+    double value;
+    dot__flat_set(v, s->snapshot);
+    if (!dot__evaluate(v, "dot_svrg_step", batch(user, i), &value, s->g_snapshot)) return false;
+    dot__flat_set(v, s->x);
+    if (!dot__evaluate(v, "dot_svrg_step", batch(user, i), &value, s->g)) return false;
+    for (int64_t k = 0; k < v->n; ++k) s->g[k] += s->full[k] - s->g_snapshot[k];
+    if (!dot__finite(dot__vector_sum(v, s->g))) return false;
+    dot__vector_add(v, s->x, -s->o.lr, s->g);
+    return true;
+}
+
+double dot_svrg_step(dot_svrg *s, dot_loss_function loss, dot_indexed_function batch, void *user)
+{
+    if (!s || !dot__solver_ready(&s->v, "dot_svrg_step", loss && batch)) return (double)NAN;
+    double first = (double)NAN;
+    dot__flat_get(&s->v, s->snapshot);
+    memcpy(s->x, s->snapshot, (size_t)s->v.n * sizeof(double));
+    bool good = dot__evaluate(&s->v, "dot_svrg_step", loss(user), &first, s->full);
+    for (int64_t j = 0; good && j < s->o.inner; ++j) good = dot__svrg_update(s, batch, user, j);
+    dot__flat_set(&s->v, good ? s->x : s->snapshot);
+    if (!dot_ok(s->v.ctx)) return (double)NAN;
+    s->snapshots++;
+    return first;
+}
+
+/* ---- natural gradient ---- */
+
+struct dot_natural {
+    dot__flat v;
+    dot_natural_options o;
+    int64_t rows;                           /* of G: examples, times outputs for Gauss-Newton */
+    double *x, *g, *row, *direction;        /* theta, gradient, one row of G, (F + damping I)^-1 g */
+    double *gradients;                      /* G [rows][n]; diagonal: the sums of its squares [n] */
+    double *product;                        /* CG: G v [rows] */
+    double *residual, *conjugate, *image;   /* CG */
+    double *matrix;                         /* dense: F + damping I, then its Cholesky factor, [n][n], lower */
+    int64_t column;                         /* of the factor, which is being computed */
+};
+
+dot_natural_options dot_natural_defaults(void)
+{
+    dot_natural_options o;
+    memset(&o, 0, sizeof o);
+    o.magic = DOT__MAGIC_NATURAL;
+    o.fisher = DOT_FISHER_EMPIRICAL;
+    o.method = DOT_NATURAL_DENSE;
+    o.lr = o.scale = 1;
+    o.outputs = 1;
+    o.cg_iterations = 250;
+    o.cg_tolerance = 1e-10;
+    return o;
+}
+
+static bool dot__natural_options_ok(dot_context *ctx, const dot_natural_options *o)
+{
+    const char *f = "dot_natural_create";
+    return dot__option_ok(ctx, f, "fisher", (double)o->fisher, DOT_FISHER_EMPIRICAL, DOT_FISHER_GAUSS_NEWTON, false)
+        && dot__option_ok(ctx, f, "method", (double)o->method, DOT_NATURAL_DENSE, DOT_NATURAL_DIAGONAL, false)
+        && dot__option_ok(ctx, f, "lr", o->lr, 0, 1e30, false)
+        && dot__option_ok(ctx, f, "damping", o->damping, 1e-300, 1e30, false)
+        && dot__option_ok(ctx, f, "scale", o->scale, 0, 1e30, false)
+        && dot__option_ok(ctx, f, "examples", (double)o->examples, 1, 1e9, false)
+        && dot__option_ok(ctx, f, "outputs", (double)o->outputs, 1, o->fisher == DOT_FISHER_GAUSS_NEWTON ? 1e9 : 1, false)
+        && dot__option_ok(ctx, f, "cg_iterations", o->cg_iterations, 1, 1e9, false)
+        && dot__option_ok(ctx, f, "cg_tolerance", o->cg_tolerance, 0, 1, false);
+}
+
+dot_natural *dot_natural_create(dot_context *ctx, dot_layer *layer, const dot_natural_options *options)
+{
+    dot_natural_options o = options ? *options : dot_natural_defaults();
+    const char *f = "dot_natural_create";
+    if (!dot__solver_creatable(ctx, layer, f, o.magic, DOT__MAGIC_NATURAL) || !dot__natural_options_ok(ctx, &o)) return NULL;
+    dot_natural *s = (dot_natural *)dot__new(ctx, sizeof *s);
+    if (!s || !dot__flat_open(&s->v, ctx, layer)) return NULL;
+    bool dense = o.method == DOT_NATURAL_DENSE, cg = o.method == DOT_NATURAL_CG;
+    if (dense && !dot__option_ok(ctx, f, "the number of trainable parameters", (double)s->v.n, 1, 8192, false)) return NULL;
+    s->o = o;
+    s->rows = o.examples * o.outputs;
+    double **vectors[] = { &s->x, &s->g, &s->row, &s->direction, &s->residual, &s->conjugate, &s->image };
+    for (int i = 0; i < (cg ? 7 : 4); ++i)
+        if (!(*vectors[i] = dot__flat_new(&s->v, 1))) return NULL;
+    if (!(s->gradients = dot__flat_new(&s->v, dense || cg ? s->rows : 1)) || (dense && !(s->matrix = dot__flat_new(&s->v, s->v.n)))
+        || (cg && !(s->product = (double *)dot__new(ctx, (size_t)s->rows * sizeof(double))))) return NULL;
+    return s;
+}
+
+/* ---- F + damping I and its Cholesky factor, by blocks of rows ---- */
+
+#define DOT__NATURAL_BLOCK 16
+
+static void dot__natural_matrix_piece(void *argument, int lane, int64_t piece)
+{
+    const dot_natural *s = (const dot_natural *)argument;
+    int64_t n = s->v.n, rows, first = dot__part(n, piece, DOT__NATURAL_BLOCK, &rows);
+    double scale = s->o.scale / (double)s->o.examples;
+    (void)lane;
+    for (int64_t i = first; i < first + rows; ++i)
+        for (int64_t j = 0; j <= i; ++j) s->matrix[i * n + j] = i == j ? s->o.damping : 0;
+    for (int64_t r = 0; r < s->rows; ++r) {
+        const double *g = s->gradients + r * n;
+        for (int64_t i = first; i < first + rows; ++i) {
+            double a = scale * g[i], *out = s->matrix + i * n;
+            for (int64_t j = 0; j <= i; ++j) out[j] += a * g[j];
+        }
+    }
+}
+
+static double dot__natural_remainder(const dot_natural *s, int64_t i, int64_t j)   /* a_ij - sum over k < j of l_ik l_jk */
+{
+    const double *a = s->matrix + i * s->v.n, *b = s->matrix + j * s->v.n;
+    double sum[4] = { 0, 0, 0, 0 };
+    for (int64_t k = 0; k < j; ++k) sum[k & 3] += a[k] * b[k];
+    return a[j] - (sum[0] + sum[1] + sum[2] + sum[3]);
+}
+
+static void dot__natural_column_piece(void *argument, int lane, int64_t piece)
+{
+    const dot_natural *s = (const dot_natural *)argument;
+    int64_t n = s->v.n, j = s->column, rows, i = j + 1 + dot__part(n - j - 1, piece, DOT__NATURAL_BLOCK, &rows);
+    double pivot = s->matrix[j * n + j];
+    (void)lane;
+    for (rows += i; i < rows; ++i) s->matrix[i * n + j] = dot__natural_remainder(s, i, j) / pivot;
+}
+
+static bool dot__natural_cholesky(dot_natural *s)
+{
+    int64_t n = s->v.n;
+    for (int64_t j = 0; j < n; ++j) {
+        double square = dot__natural_remainder(s, j, j);
+        if (!(square > 0)) {
+            dot__fail(s->v.ctx, DOT_ERROR_ARGUMENT, "dot_natural_step: damping %g is lost in rounding beside F: pivot " DOT__I64
+                      " is %g", s->o.damping, DOT__LL(j), square);
+            return false;
+        }
+        s->matrix[j * n + j] = sqrt(square);
+        s->column = j;
+        dot__parallel(s->v.ctx, false, dot__ceil_div(n - j - 1, DOT__NATURAL_BLOCK), dot__natural_column_piece, s);
+    }
+    return true;
+}
+
+static bool dot__natural_dense(dot_natural *s)
+{
+    int64_t n = s->v.n;
+    double *d = s->direction;
+    dot__parallel(s->v.ctx, false, dot__ceil_div(n, DOT__NATURAL_BLOCK), dot__natural_matrix_piece, s);
+    if (!dot__natural_cholesky(s)) return false;
+    for (int64_t i = 0; i < n; ++i) {
+        d[i] = s->g[i];
+        for (int64_t k = 0; k < i; ++k) d[i] -= s->matrix[i * n + k] * d[k];
+        d[i] /= s->matrix[i * n + i];
+    }
+    for (int64_t i = n; i-- > 0;) {
+        d[i] /= s->matrix[i * n + i];
+        for (int64_t k = 0; k < i; ++k) d[k] -= s->matrix[i * n + k] * d[i];
+    }
+    return true;
+}
+
+/* ---- conjugate gradients ---- */
+
+static void dot__natural_product_piece(void *argument, int lane, int64_t r)
+{
+    const dot_natural *s = (const dot_natural *)argument;
+    const double *g = s->gradients + r * s->v.n;
+    double sum[4] = { 0, 0, 0, 0 };
+    (void)lane;
+    for (int64_t j = 0; j < s->v.n; ++j) sum[j & 3] += g[j] * s->conjugate[j];
+    s->product[r] = (sum[0] + sum[1] + sum[2] + sum[3]) * s->o.scale / (double)s->o.examples;
+}
+
+static void dot__natural_image_piece(void *argument, int lane, int64_t piece)
+{
+    const dot_natural *s = (const dot_natural *)argument;
+    int64_t n, first = dot__part(s->v.n, piece, 1024, &n);
+    (void)lane;
+    for (int64_t j = first; j < first + n; ++j) s->image[j] = s->o.damping * s->conjugate[j];
+    for (int64_t r = 0; r < s->rows; ++r) {
+        const double *g = s->gradients + r * s->v.n;
+        for (int64_t j = first; j < first + n; ++j) s->image[j] += s->product[r] * g[j];
+    }
+}
+
+/* (Hestenes, Stiefel 1952) */
+static void dot__natural_cg(dot_natural *s)
+{
+    const dot__flat *v = &s->v;
+    memset(s->direction, 0, (size_t)v->n * sizeof(double));
+    memcpy(s->residual, s->g, (size_t)v->n * sizeof(double));
+    memcpy(s->conjugate, s->g, (size_t)v->n * sizeof(double));
+    double square = dot__vector_dot(v, s->residual, s->residual), enough = s->o.cg_tolerance * s->o.cg_tolerance * square;
+    for (int i = 0; i < s->o.cg_iterations && square > enough; ++i) {
+        dot__parallel(v->ctx, false, s->rows, dot__natural_product_piece, s);
+        dot__parallel(v->ctx, false, dot__ceil_div(v->n, 1024), dot__natural_image_piece, s);
+        double a = square / dot__vector_dot(v, s->conjugate, s->image), before = square;
+        dot__vector_add(v, s->direction, a, s->conjugate);
+        dot__vector_add(v, s->residual, -a, s->image);
+        square = dot__vector_dot(v, s->residual, s->residual);
+        dot__vector_scale(v, s->conjugate, square / before, s->conjugate);
+        dot__vector_add(v, s->conjugate, 1, s->residual);
+    }
+}
+
+/* ---- the rows of G, and the step ---- */
+
+/* Takes s->row in. False when it is not finite. */
+static bool dot__natural_take(dot_natural *s, int64_t r)
+{
+    if (!dot__finite(dot__vector_sum(&s->v, s->row))) return false;
+    if (s->o.method == DOT_NATURAL_DIAGONAL)
+        for (int64_t j = 0; j < s->v.n; ++j) s->gradients[j] += s->row[j] * s->row[j];
+    else memcpy(s->gradients + r * s->v.n, s->row, (size_t)s->v.n * sizeof(double));
+    return true;
+}
+
+/* All rows; without a loss of its own also the mean loss and its gradient. False after an error, or if one is not finite. */
+static bool dot__natural_rows(dot_natural *s, dot_indexed_function example, void *user, bool mean, double *loss)
+{
+    const char *f = "dot_natural_step";
+    int64_t outputs = s->o.outputs, all = -1;
+    double value;
+    if (s->o.method == DOT_NATURAL_DIAGONAL) memset(s->gradients, 0, (size_t)s->v.n * sizeof(double));
+    for (int64_t i = 0; i < s->o.examples; ++i) {
+        dot_tensor *t = example(user, i);
+        if (s->o.fisher == DOT_FISHER_GAUSS_NEWTON) {
+            if (t && t->size != outputs)
+                dot__fail(s->v.ctx, DOT_ERROR_SHAPE, "%s: the output of example " DOT__I64 " is %s, expected " DOT__I64
+                          " elements", f, DOT__LL(i), DOT__SHAPE(t), DOT__LL(outputs));
+            t = dot_reshape(t, 1, &all);
+        }
+        for (int64_t k = 0; k < outputs; ++k) {
+            dot_tensor *one = s->o.fisher == DOT_FISHER_GAUSS_NEWTON ? dot_slice(t, 0, k, k + 1) : t;
+            if (!dot__evaluate(&s->v, f, one, &value, s->row) || !dot__natural_take(s, i * outputs + k)) return false;
+            if (!mean) continue;
+            *loss += value / (double)s->o.examples;
+            dot__vector_add(&s->v, s->g, 1 / (double)s->o.examples, s->row);
+        }
+    }
+    return true;
+}
+
+double dot_natural_step(dot_natural *s, dot_loss_function loss, dot_indexed_function example, void *user)
+{
+    bool mean = s && !loss && s->o.fisher == DOT_FISHER_EMPIRICAL;
+    if (!s || !dot__solver_ready(&s->v, "dot_natural_step", example && (loss || mean))) return (double)NAN;
+    const dot__flat *v = &s->v;
+    double value = 0;
+    dot__flat_get(v, s->x);
+    memset(s->g, 0, (size_t)v->n * sizeof(double));
+    bool good = (mean || dot__evaluate(v, "dot_natural_step", loss(user), &value, s->g))
+        && dot__natural_rows(s, example, user, mean, &value) && dot__finite(dot__vector_sum(v, s->g));
+    if (good && s->o.method == DOT_NATURAL_DENSE) good = dot__natural_dense(s);
+    if (good && s->o.method == DOT_NATURAL_CG) dot__natural_cg(s);
+    for (int64_t j = 0; good && s->o.method == DOT_NATURAL_DIAGONAL && j < v->n; ++j)
+        s->direction[j] = s->g[j] / (s->gradients[j] * s->o.scale / (double)s->o.examples + s->o.damping);
+    if (good && dot__finite(dot__vector_sum(v, s->direction))) {
+        dot__vector_add(v, s->x, -s->o.lr, s->direction);
+        dot__flat_set(v, s->x);
+    }
+    dot_zero_grad(v->layer);
+    return dot_ok(v->ctx) ? value : (double)NAN;
+}
+
+/* ---- K-FAC ---- */
+
+/* One linear layer: the stored weight is [in, out], and the bias is one more row, so that the gradient is `gradient` [in][out]. */
+typedef struct dot__kfac_layer {
+    dot_layer *layer;
+    dot_tensor *x, *y;                      /* of the training step `step_id`, in which it was used `uses` times */
+    uint64_t step_id;
+    int uses;
+    int64_t in, out;                        /* in: with the bias */
+    int64_t weight, bias;                   /* places in theta; bias -1: none */
+    double *factor[2], *fresh[2];           /* A [in][in], G [out][out]; of the present statistics, and scratch */
+    double *vectors[2], *values[2];         /* their eigenvectors, as rows, and eigenvalues */
+    double *gradient, *product;
+} dot__kfac_layer;
+
+struct dot_kfac {
+    dot__flat v;
+    dot_kfac_options o;
+    int layers;
+    dot__kfac_layer *layer;
+    int64_t steps;
+    double *x, *g, *direction, *momentum;
+};
+
+dot_kfac_options dot_kfac_defaults(void)
+{
+    dot_kfac_options o;
+    memset(&o, 0, sizeof o);
+    o.magic = DOT__MAGIC_KFAC;
+    o.fisher = DOT_FISHER_SAMPLED;
+    o.lr = o.damping = o.kl_clip = 1e-3;
+    o.momentum = 0.9;
+    o.decay = 0.95;
+    o.statistics_every = 10;
+    o.inverse_every = 100;
+    return o;
+}
+
+/* What a linear layer under K-FAC does: the same, with the activation as an operation of its own, so that y comes before it. */
+static dot_tensor *dot__kfac_forward(dot_layer *l, dot_tensor *x, dot_activation act)
+{
+    dot__kfac_layer *k = (dot__kfac_layer *)l->user;
+    dot_context *ctx = l->ctx;
+    dot_tensor *y = dot_linear(x, l->weight, l->bias, DOT_NONE);
+    if (ctx->training) {
+        k->uses = k->step_id == ctx->step_id ? k->uses + 1 : 1;
+        k->step_id = ctx->step_id;
+        k->x = x;
+        k->y = y;
+    }
+    return act == DOT_RELU ? dot_relu(y) : act == DOT_SIGMOID ? dot_sigmoid(y) : act == DOT_TANH ? dot_tanh(y) : y;
+}
+
+/* Counts the linear layers that train, and enters them where `s->layer` is there. */
+static void dot__kfac_find(dot_kfac *s, dot_layer *l)
+{
+    if (l->forward == dot__linear_forward && l->weight->requires_grad && (!l->bias || l->bias->requires_grad)) {
+        if (s->layer) s->layer[s->layers].layer = l;
+        s->layers++;
+    }
+    for (dot_layer *child = l->children; child; child = child->next) dot__kfac_find(s, child);
+}
+
+static int64_t dot__flat_place(const dot__flat *v, const dot_tensor *t)
+{
+    int64_t place = 0;
+    for (int k = 0; k < v->tensors; place += v->tensor[k++]->size)
+        if (v->tensor[k] == t) return place;
+    return -1;
+}
+
+static bool dot__kfac_layer_open(dot_kfac *s, dot__kfac_layer *k)
+{
+    dot_context *ctx = s->v.ctx;
+    k->in = k->layer->in + (k->layer->bias ? 1 : 0);
+    k->out = k->layer->out;
+    k->weight = dot__flat_place(&s->v, k->layer->weight);
+    k->bias = dot__flat_place(&s->v, k->layer->bias);
+    int64_t size[2] = { k->in, k->out };
+    for (int f = 0; f < 2; ++f) {
+        if (!dot__option_ok(ctx, "dot_kfac_create", "a layer's size, with the bias,", (double)size[f], 1, 4096, false))
+            return false;
+        size_t bytes = (size_t)(size[f] * size[f]) * sizeof(double);
+        if (!(k->factor[f] = (double *)dot__new(ctx, bytes)) || !(k->fresh[f] = (double *)dot__new(ctx, bytes))
+            || !(k->vectors[f] = (double *)dot__new(ctx, bytes))
+            || !(k->values[f] = (double *)dot__new(ctx, (size_t)size[f] * sizeof(double)))) return false;
+        for (int64_t i = 0; i < size[f]; ++i) k->factor[f][i * size[f] + i] = 1;
+    }
+    size_t bytes = (size_t)(k->in * k->out) * sizeof(double);
+    return (k->gradient = (double *)dot__new(ctx, bytes)) && (k->product = (double *)dot__new(ctx, bytes));
+}
+
+static bool dot__kfac_options_ok(dot_context *ctx, const dot_kfac_options *o)
+{
+    const char *f = "dot_kfac_create";
+    return dot__option_ok(ctx, f, "fisher", (double)o->fisher, DOT_FISHER_EMPIRICAL, DOT_FISHER_GAUSS_NEWTON, false)
+        && dot__option_ok(ctx, f, "lr", o->lr, 0, 1e30, false) && dot__option_ok(ctx, f, "momentum", o->momentum, 0, 1, true)
+        && dot__option_ok(ctx, f, "decay", o->decay, 0, 1, true)
+        && dot__option_ok(ctx, f, "damping", o->damping, 1e-300, 1e30, false)
+        && dot__option_ok(ctx, f, "kl_clip", o->kl_clip, 1e-300, 1e300, false)
+        && dot__option_ok(ctx, f, "statistics_every", o->statistics_every, 1, 1e9, false)
+        && dot__option_ok(ctx, f, "inverse_every", o->inverse_every, 1, 1e9, false);
+}
+
+dot_kfac *dot_kfac_create(dot_context *ctx, dot_layer *layer, const dot_kfac_options *options)
+{
+    dot_kfac_options o = options ? *options : dot_kfac_defaults();
+    if (!dot__solver_creatable(ctx, layer, "dot_kfac_create", o.magic, DOT__MAGIC_KFAC)
+        || !dot__kfac_options_ok(ctx, &o)) return NULL;
+    dot_kfac *s = (dot_kfac *)dot__new(ctx, sizeof *s);
+    if (!s || !dot__flat_open(&s->v, ctx, layer)) return NULL;
+    s->o = o;
+    dot__kfac_find(s, layer);
+    if (s->layers == 0) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_kfac_create: 0 linear layers that train under no other K-FAC, expected 1 or more");
+        return NULL;
+    }
+    s->layer = (dot__kfac_layer *)dot__new(ctx, (size_t)s->layers * sizeof *s->layer);
+    if (!s->layer) return NULL;
+    s->layers = 0;
+    dot__kfac_find(s, layer);
+    double **vectors[] = { &s->x, &s->g, &s->direction, &s->momentum };
+    for (size_t i = 0; i < sizeof vectors / sizeof vectors[0]; ++i)
+        if (!(*vectors[i] = dot__flat_new(&s->v, 1))) return NULL;
+    for (int i = 0; i < s->layers; ++i)
+        if (!dot__kfac_layer_open(s, &s->layer[i])) return NULL;
+    for (int i = 0; i < s->layers; ++i) {
+        s->layer[i].layer->user = &s->layer[i];
+        s->layer[i].layer->forward = dot__kfac_forward;
+    }
+    return s;
+}
+
+/* C [m][n] += alpha A B over k terms; A and B are any two strides. */
+typedef struct dot__kfac_product_job {
+    double *c, alpha;
+    const double *a, *b;
+    int64_t m, n, k, a_row, a_column, b_row, b_column;
+} dot__kfac_product_job;
+
+static void dot__kfac_product_piece(void *argument, int lane, int64_t piece)
+{
+    const dot__kfac_product_job *job = (const dot__kfac_product_job *)argument;
+    int64_t rows, i = dot__part(job->m, piece, 8, &rows);
+    (void)lane;
+    for (rows += i; i < rows; ++i)
+        for (int64_t k = 0; k < job->k; ++k) {
+            double a = job->alpha * job->a[i * job->a_row + k * job->a_column], *c = job->c + i * job->n;
+            const double *b = job->b + k * job->b_row;
+            for (int64_t j = 0; j < job->n; ++j) c[j] += a * b[j * job->b_column];
+        }
+}
+
+/* C [m][n] = A B over k terms; a matrix marked ' is stored transposed. */
+static void dot__kfac_product(dot_context *ctx, double *c, int64_t m, int64_t n, int64_t k, const double *a, char at,
+                              const double *b, char bt)
+{
+    dot__kfac_product_job job = { c, 1, a, b, m, n, k, at ? 1 : k, at ? m : 1, bt ? 1 : n, bt ? k : 1 };
+    memset(c, 0, (size_t)(m * n) * sizeof(double));
+    dot__parallel(ctx, false, dot__ceil_div(m, 8), dot__kfac_product_piece, &job);
+}
+
+/* fresh += alpha R'R, the rows of R being those of the tensor (NULL: none), and a 1 where there is one more column. */
+static bool dot__kfac_gather(dot_context *ctx, const dot_tensor *t, int64_t rows, int64_t columns, bool one, double alpha,
+                             double *fresh)
+{
+    int64_t n = columns + (one ? 1 : 0);
+    dot__mark mark = dot__scratch_begin(ctx);
+    double *r = t ? (double *)dot__step_alloc(ctx, (size_t)(rows * n) * sizeof(double)) : NULL;
+    if (!r) return !t;
+    for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) r[i * n + j] = dot__load(dot__at(t, 0), t->dtype, i * columns + j);
+        if (one) r[i * n + columns] = 1;
+    }
+    dot__kfac_product_job job = { fresh, alpha, r, r, n, n, rows, 1, n, n, 1 };
+    dot__parallel(ctx, false, dot__ceil_div(n, 8), dot__kfac_product_piece, &job);
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+/* One backward pass from `from`, into the fresh factors; the inputs with the first pass only. */
+static bool dot__kfac_pass(dot_kfac *s, dot_tensor *from, bool first, bool mean)
+{
+    dot_context *ctx = s->v.ctx;
+    double value;
+    if (!dot__evaluate(&s->v, "dot_kfac_step", from, &value, s->g)) return false;
+    for (int i = 0; i < s->layers; ++i) {
+        dot__kfac_layer *k = &s->layer[i];
+        if (k->step_id != ctx->step_id || k->uses != 1) {
+            dot__fail(ctx, DOT_ERROR_STATE, "dot_kfac_step: linear layer %d of the network is used %d times in a step, "
+                      "expected once", i, k->step_id == ctx->step_id ? k->uses : 0);
+            return false;
+        }
+        int64_t rows = k->x->size / k->layer->in;
+        double n = (double)rows;
+        const dot_tensor *g = dot__has_grad(k->y) ? k->y->grad : NULL;
+        if (first && !dot__kfac_gather(ctx, k->x, rows, k->layer->in, k->layer->bias != NULL, 1 / n, k->fresh[0])) return false;
+        if (!dot__kfac_gather(ctx, g, rows, k->out, false, mean ? n : 1 / n, k->fresh[1])) return false;
+    }
+    return true;
+}
+
+static void dot__kfac_average(dot_kfac *s, dot__kfac_layer *k)
+{
+    int64_t size[2] = { k->in, k->out };
+    double sum = 0;
+    for (int f = 0; f < 2; ++f)
+        for (int64_t i = 0; i < size[f] * size[f]; ++i) sum += fabs(k->fresh[f][i]);
+    for (int f = 0; f < 2 && dot__finite(sum); ++f)
+        for (int64_t i = 0; i < size[f] * size[f]; ++i)
+            k->factor[f][i] = s->o.decay * k->factor[f][i] + (1 - s->o.decay) * k->fresh[f][i];
+}
+
+static bool dot__kfac_statistics(dot_kfac *s, dot_tensor *t)
+{
+    dot_context *ctx = s->v.ctx;
+    bool outputs = s->o.fisher == DOT_FISHER_GAUSS_NEWTON;
+    for (int i = 0; i < s->layers; ++i) {
+        memset(s->layer[i].fresh[0], 0, (size_t)(s->layer[i].in * s->layer[i].in) * sizeof(double));
+        memset(s->layer[i].fresh[1], 0, (size_t)(s->layer[i].out * s->layer[i].out) * sizeof(double));
+    }
+    if (outputs && t && t->rank != 2)
+        dot__fail(ctx, DOT_ERROR_SHAPE, "dot_kfac_step: the outputs are %s, expected [rows, outputs]", DOT__SHAPE(t));
+    int64_t passes = outputs && t && t->rank == 2 ? t->shape[1] : 1;
+    for (int64_t j = 0; j < passes; ++j) {
+        dot_tensor *from = outputs ? dot_sum(dot_slice(t, 1, j, j + 1), DOT_ALL_AXES, false) : t;
+        if (!dot__kfac_pass(s, from, j == 0, !outputs)) return false;
+    }
+    for (int i = 0; i < s->layers; ++i) dot__kfac_average(s, &s->layer[i]);
+    return true;
+}
+
+/* Eigenvectors of one factor of one layer; eigenvalues that are rounding count as 0. */
+static void dot__kfac_eigen_piece(void *argument, int lane, int64_t piece)
+{
+    dot_kfac *s = (dot_kfac *)argument;
+    dot__kfac_layer *k = &s->layer[piece / 2];
+    int64_t f = piece % 2, n = f ? k->out : k->in;
+    (void)lane;
+    memcpy(k->fresh[f], k->factor[f], (size_t)(n * n) * sizeof(double));
+    dot__jacobi(k->fresh[f], k->vectors[f], k->values[f], n);
+    for (int64_t i = 0; i < n; ++i)
+        if (!(k->values[f][i] > 1e-10)) k->values[f][i] = 0;
+}
+
+/* The layer's part of the direction; returns its product with the gradient. */
+static double dot__kfac_direction(dot_kfac *s, dot__kfac_layer *k)
+{
+    dot_context *ctx = s->v.ctx;
+    double *m = k->gradient, *t = k->product, sum = 0;
+    size_t weight = (size_t)(k->layer->in * k->out), bias = k->bias < 0 ? 0 : (size_t)k->out;
+    memcpy(m, s->g + k->weight, weight * sizeof(double));
+    if (bias) memcpy(m + weight, s->g + k->bias, bias * sizeof(double));
+    dot__kfac_product(ctx, t, k->in, k->out, k->in, k->vectors[0], 0, m, 0);
+    dot__kfac_product(ctx, m, k->in, k->out, k->out, t, 0, k->vectors[1], '\'');
+    for (int64_t i = 0; i < k->in; ++i)
+        for (int64_t j = 0; j < k->out; ++j) m[i * k->out + j] /= k->values[0][i] * k->values[1][j] + s->o.damping;
+    dot__kfac_product(ctx, t, k->in, k->out, k->out, m, 0, k->vectors[1], 0);
+    dot__kfac_product(ctx, m, k->in, k->out, k->in, k->vectors[0], '\'', t, 0);
+    memcpy(s->direction + k->weight, m, weight * sizeof(double));
+    if (bias) memcpy(s->direction + k->bias, m + weight, bias * sizeof(double));
+    for (size_t i = 0; i < weight; ++i) sum += m[i] * s->g[k->weight + (int64_t)i];
+    for (size_t i = 0; i < bias; ++i) sum += m[weight + i] * s->g[k->bias + (int64_t)i];
+    return sum;
+}
+
+/* theta, from the gradient. */
+static void dot__kfac_update(dot_kfac *s)
+{
+    const dot__flat *v = &s->v;
+    double sum = 0;
+    memcpy(s->direction, s->g, (size_t)v->n * sizeof(double));
+    for (int i = 0; i < s->layers; ++i) sum += dot__kfac_direction(s, &s->layer[i]);
+    double shrink = sum > 0 ? fmin(1, sqrt(s->o.kl_clip / (sum * s->o.lr * s->o.lr))) : 1;
+    if (!dot__finite(dot__vector_sum(v, s->direction))) return;
+    dot__vector_scale(v, s->momentum, s->o.momentum, s->momentum);
+    for (int i = 0; i < s->layers; ++i) {
+        const dot__kfac_layer *k = &s->layer[i];
+        for (int64_t j = 0; j < k->layer->in * k->out; ++j) s->direction[k->weight + j] *= shrink;
+        for (int64_t j = 0; k->bias >= 0 && j < k->out; ++j) s->direction[k->bias + j] *= shrink;
+    }
+    dot__vector_add(v, s->momentum, 1, s->direction);
+    dot__vector_add(v, s->x, -s->o.lr, s->momentum);
+    dot__flat_set(v, s->x);
+}
+
+double dot_kfac_step(dot_kfac *s, dot_loss_function loss, dot_loss_function statistics, void *user)
+{
+    if (s && !statistics && s->o.fisher == DOT_FISHER_EMPIRICAL) statistics = loss;
+    if (!s || !dot__solver_ready(&s->v, "dot_kfac_step", loss && statistics)) return (double)NAN;
+    double value = (double)NAN;
+    dot__flat_get(&s->v, s->x);
+    bool good = s->steps % s->o.statistics_every != 0 || dot__kfac_statistics(s, statistics(user));
+    if (good && s->steps % s->o.inverse_every == 0)
+        dot__parallel(s->v.ctx, false, 2 * (int64_t)s->layers, dot__kfac_eigen_piece, s);
+    good = good && dot__evaluate(&s->v, "dot_kfac_step", loss(user), &value, s->g);
+    if (good && dot__finite(dot__vector_sum(&s->v, s->g))) dot__kfac_update(s);
+    dot_zero_grad(s->v.layer);
+    if (!dot_ok(s->v.ctx)) return (double)NAN;
+    s->steps++;
+    return value;
 }
 
 /* ==== [10 schedules] =============================================================================== */

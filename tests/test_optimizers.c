@@ -139,7 +139,7 @@ static double single_bound;
 
 static double single_bound_of(dot_algorithm algorithm)
 {
-    return algorithm == DOT_PRODIGY || algorithm == DOT_DADAPT_ADAM || algorithm == DOT_DOWG ? 1e-5 : 2e-6;
+    return algorithm == DOT_PRODIGY || algorithm == DOT_DADAPT_ADAM || algorithm == DOT_DOWG ? 2e-5 : 2e-6;
 }
 
 static bool check_theta(dot_layer *layer, dot_dtype dtype, const double *expected, double *scale, const char *name, int t,
