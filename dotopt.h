@@ -518,6 +518,20 @@ dot_tensor *dot_cross_entropy_loss(dot_tensor *logits, dot_tensor *labels, doubl
     X(DOT_DIFFGRAD, "diffgrad", DIFFGRAD, "Adam slowed where the gradient is steady", "Dubey et al. 2020", o.lr = 1e-3, o.decay = DOT_DECAY_L2) \
     X(DOT_GRAMS, "grams", GRAMS, "Adam's size, the gradient's sign", "Cao et al. 2024", o.lr = 1e-3) \
     X(DOT_ADAM_ATAN2, "adam-atan2", ADAM_ATAN2, "Adam without eps", "Everett et al. 2024", o.lr = 1e-3) \
+    X(DOT_SPARSE_ADAM, "sparse-adam", SPARSE_ADAM, "Adam on the rows that have a gradient", "torch.optim.SparseAdam", \
+      o.lr = 1e-3, o.decay = DOT_DECAY_L2) \
+    X(DOT_ADAM_MINI, "adam-mini", ADAM_MINI, "Adam with one second moment for each row", "Zhang et al. 2024", o.lr = 1e-3) \
+    X(DOT_ADAMP, "adamp", ADAMP, "Adam without the radial part of the step", "Heo et al. 2021", o.lr = 1e-3) \
+    X(DOT_SGDP, "sgdp", SGDP, "SGD without the radial part of the step", "Heo et al. 2021", o.lr = 0.1, o.beta1 = 0) \
+    X(DOT_SM3, "sm3", SM3, "one accumulator for each index of each axis", "Anil et al. 2019", o.lr = 1e-2) \
+    X(DOT_CAME, "came", CAME, "Adafactor with confidence", "Luo et al. 2023", o.lr = 2e-4, o.beta3 = 0.9999, o.eps2 = 1e-16) \
+    X(DOT_MUON, "muon", MUON, "orthogonalised momentum; vectors by AdamW", "Jordan et al. 2024; torch.optim.Muon", \
+      o.lr = 1e-3, o.beta1 = 0.95, o.nesterov = true, o.weight_decay = 0.1, o.eps = 1e-7) \
+    X(DOT_SOPHIA_G, "sophia-g", SOPHIA_G, "momentum over clipped Gauss-Newton curvature", "Liu et al. 2023", \
+      o.lr = 1e-4, o.beta1 = 0.965, o.beta2 = 0.99, o.weight_decay = 0.1, o.eps = 1e-15) \
+    X(DOT_SOPHIA_H, "sophia-h", SOPHIA_H, "momentum over clipped Hutchinson curvature", "Liu et al. 2023; optax.contrib.sophia", \
+      o.lr = 1e-4, o.beta1 = 0.96, o.beta2 = 0.99, o.eps = 1e-12) \
+    X(DOT_ADAHESSIAN, "adahessian", ADAHESSIAN, "Adam by the diagonal of the Hessian", "Yao et al. 2021", o.lr = 0.1, o.eps = 1e-4) \
     X(DOT_CUSTOM, "custom", CUSTOM, "a rule of your own: dot_rule", "-", o.lr = 1e-3)
 
 typedef enum dot_algorithm {
@@ -550,6 +564,8 @@ bool        dot_algorithm_find(const char *name, dot_algorithm *algorithm);
     X(DOT_HYPER_MOMENTUM_DECAY,  momentum_decay,  4e-3,  0, 1e3,  "NAdam: psi of the momentum schedule") \
     X(DOT_HYPER_RHO,             rho,             0.04,  0, 1e30, "Sophia-G: scale of the curvature") \
     X(DOT_HYPER_BATCH,           batch,           1,     1, 1e18, "Sophia-G: examples (times tokens) in a batch") \
+    X(DOT_HYPER_POWER,           power,           1,     0, 10,   "AdaHessian: of the curvature's root") \
+    X(DOT_HYPER_NS_STEPS,        ns_steps,        5,     0, 100,  "Muon: Newton-Schulz iterations") \
     X(DOT_HYPER_GAMMA,           gamma,           0.01,  0, 1e30, "Sophia-H, MARS: scale; AdaBound: closing speed; noise: its decay") \
     X(DOT_HYPER_ALPHA,           alpha,           1,     0, 1e30, "AdEMAMix, PNM: weight of the other momentum; ASGD: power of lr's decay") \
     X(DOT_HYPER_WARMUP,          warmup,          0,     0, 1e18, "AdEMAMix: steps in which alpha and beta3 grow") \
@@ -602,12 +618,16 @@ typedef enum dot_decay {
    that name refuses it. */
 typedef enum dot_dialect {
     DOT_DIALECT_DEFAULT,
-    DOT_DIALECT_OPTAX,          /* AMSGrad, NAdam, RAdam, LARS */
+    DOT_DIALECT_OPTAX,          /* AMSGrad, NAdam, RAdam, LARS; Adafactor: the two largest axes of 128 or more, lr as it is */
     DOT_DIALECT_PAPER,          /* AMSGrad: no bias correction */
     DOT_DIALECT_OFFICIAL,       /* RAdam: no step at all before it can be rectified */
     DOT_DIALECT_TF,             /* RMSprop: v starts at 1, eps under the root, lr inside the momentum */
     DOT_DIALECT_INSIDE,         /* AdaGrad: eps under the root */
     DOT_DIALECT_MLCOMMONS,      /* NAdam */
+    DOT_DIALECT_TORCH,          /* Adafactor: last two axes, no eps1 in the mean (set eps1 to the type's epsilon), always scaled */
+    DOT_DIALECT_HF,             /* Adafactor: last two axes; decay times the whole step */
+    DOT_DIALECT_T2T,            /* Adafactor: matrices only; the authors' tensor2tensor */
+    DOT_DIALECT_MATCH_RMS,      /* Muon: scaled to AdamW's RMS (Liu et al. 2025) */
     DOT_DIALECTS
 } dot_dialect;
 const char *dot_dialect_name(dot_dialect dialect);      /* "optax"; NULL when out of range */
@@ -670,6 +690,7 @@ typedef struct dot_optimizer_options {
 dot_optimizer_options dot_optimizer_defaults(dot_algorithm algorithm);
 
 typedef struct dot_optimizer dot_optimizer;
+typedef dot_tensor *(*dot_loss_function)(void *user);     /* calls dot_step_begin, computes a scalar loss and returns it */
 
 /* An optimizer over all trainable parameters of `layer`. */
 dot_optimizer *dot_optimizer_create(dot_context *ctx, dot_layer *layer, const dot_optimizer_options *options);
@@ -684,6 +705,15 @@ bool dot_optimizer_step(dot_optimizer *optimizer, double multiplier);
 
 /* Tells the loss of the step to the rules that need it (Polyak, MoMo): a scalar tensor, before dot_optimizer_step. */
 bool dot_optimizer_loss(dot_optimizer *optimizer, const dot_tensor *loss);
+
+/* Gives curvature to the rules that need it (Sophia, AdaHessian; every 10 steps is usual), from the gradients that stand, which are then
+   forgotten. Sophia-G: the gradients of the loss with labels sampled from the model's own prediction; call it before the
+   step's own backward pass. Other rules only forget the gradients. Sophia-H, AdaHessian: an estimate z * Hz of the Hessian's diagonal, as dot_optimizer_hutchinson makes. */
+bool dot_optimizer_curvature(dot_optimizer *optimizer);
+
+/* Hutchinson's estimate z * (H z), z = +-1 at random (from the lane's seed), by the central difference of the gradients at theta +- h z,
+   given to dot_optimizer_curvature. `loss` calls dot_step_begin and returns the loss; it is evaluated twice. */
+bool dot_optimizer_hutchinson(dot_optimizer *optimizer, dot_loss_function loss, void *user);
 
 /* Schedule-free rules train at one point and are evaluated at another: `on` puts the averaged point into the parameters, false puts the
    training point back (exactly). Steps are refused in between. No effect on other rules. */
@@ -709,7 +739,6 @@ double dot_weight_norm(dot_optimizer *optimizer, int lane);
    dot_step_begin, computes the loss and returns it; it shall not call dot_backward, and, but for SPSA and CMA-ES, give the same
    value at the same theta (no dropout). Memory is taken by the _create functions, the gradients are forgotten after each call,
    and a call that fails leaves the parameters as they were and returns NaN. */
-typedef dot_tensor *(*dot_loss_function)(void *user);
 
 /* L-BFGS, as torch.optim.LBFGS: d = -H g from the latest `history` pairs s = t d, y = change of g (two-loop recursion, H0 =
    s'y / y'y, a pair is kept if s'y > 1e-10); theta += t d with t = lr (first: min(1, 1/|g|_1) lr), or t from the line search
@@ -1745,6 +1774,7 @@ bool dot_lane_active(const dot_context *ctx, int lane)
 #define DOT__STREAM_SHUFFLE ((uint64_t)3 << 56)     /* + epoch */
 #define DOT__STREAM_STATE   ((uint64_t)4 << 56)     /* + parameter << 40 + state << 38 + its step: stochastic rounding */
 #define DOT__STREAM_NOISE   ((uint64_t)5 << 56)     /* + parameter << 40 + its step: noisy SGD */
+#define DOT__STREAM_HUTCHINSON ((uint64_t)6 << 56)  /* + parameter << 40 + step: signs */
 #define DOT__STREAM_SOLVER  ((uint64_t)9 << 56)     /* + step: CMA-ES, SPSA */
 
 void dot_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4])
@@ -2413,6 +2443,7 @@ DOT__ELEMENTWISE
 #undef T
 #undef DOT__S
 #undef EXP
+#undef POWER
 #undef LOG
 #undef LOG1P
 #undef SQRT
@@ -2434,6 +2465,7 @@ DOT__ELEMENTWISE
 #undef T
 #undef DOT__S
 #undef EXP
+#undef POWER
 #undef LOG
 #undef LOG1P
 #undef SQRT
@@ -6729,7 +6761,7 @@ bool dot_algorithm_find(const char *name, dot_algorithm *algorithm)
 
 const char *dot_dialect_name(dot_dialect dialect)
 {
-    static const char *const names[] = { "default", "optax", "paper", "official", "tf", "inside", "mlcommons" };
+    static const char *const names[] = { "default", "optax", "paper", "official", "tf", "inside", "mlcommons", "torch", "hf", "t2t", "match_rms" };
     return (unsigned)dialect < DOT_DIALECTS ? names[dialect] : NULL;
 }
 
@@ -6820,7 +6852,7 @@ static double dot__half_life_between(double from, double to, double a)
      states   bits: which of s0..s4 it keeps (an expression of the options f)
      names    of the states in files: PyTorch's where it has them
      prepare  sets h->k0..k5 in double, from the scalars h, the numbers o, the options f, t, m, all; {} for none
-     rule     changes s0..s4 and sets d, what is subtracted from theta. Operators and the functions ROOT, CBRT, EXP, ATAN2, ABS, SIGN,
+     rule     changes s0..s4 and sets d, what is subtracted from theta. Operators and the functions ROOT, CBRT, EXP, POWER, ATAN2, ABS, SIGN,
               MAX(x, least), MIN(x, most), IF_POSITIVE(x, then, else) alone, so that one text serves scalars and vectors
      measure  q0..q2, of which the sums are h->sum[] in the final preparation; OVER_ALL rules: over all parameters. {} for none */
 #define DOT__RULES(X) \
@@ -7011,18 +7043,45 @@ static double dot__half_life_between(double from, double to, double a)
       s0 = s0 + k0 * (g - s0); s1 = s1 + k1 * (g - s1); d = k2 * s0 + k3 * s1, {}) \
     X(DIFFGRAD, 7, "exp_avg,exp_avg_sq,previous_grad", { h->k0 = h->step1 / h->root2; }, \
       s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; d = k0 * s0 / (1 + EXP(-ABS(s2 - g))) / (ROOT(s1) + eps); s2 = g, {}) \
+    X(SOPHIA_G, 3, "exp_avg,hessian", { h->k0 = o->rho * o->batch; }, \
+      s0 = s0 + a1 * (g - s0); d = lr * SIGN(s0) * MIN(ABS(s0) / (k0 * s1 + eps), 1), {}) \
+    X(SOPHIA_H, 7, "exp_avg,hessian,estimate", \
+      { h->k0 = o->gamma; h->k1 = 1 / (1 - pow(o->beta1, t)); h->k2 = m[0] > 0 ? h->a2 : 0; m[0] = 0; }, \
+      s0 = s0 + a1 * (g - s0); d = lr * MIN(MAX(k1 * s0 / MAX(k0 * s1, eps), -1), 1); s1 = s1 + k2 * (s2 - s1), {}) \
+    X(ADAHESSIAN, 3, "exp_avg,exp_hessian_diag_sq", \
+      { h->k0 = m[0] > 0 ? 1 / sqrt(1 - pow(o->beta2, m[0])) : 0; h->k1 = o->power; }, \
+      s0 = s0 + a1 * (g - s0); d = step1 * s0 / (POWER(k0 * ROOT(s1), k1) + eps), {}) \
     X(GRAMS, 3, "exp_avg,exp_avg_sq", {}, \
       s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; d = SIGN(g) * ABS(step1 * s0 / (root2 * ROOT(s1) + eps)), {}) \
     X(ADAM_ATAN2, 3, "exp_avg,exp_avg_sq", { h->k0 = 1 / (1 - pow(o->beta1, t)); }, \
       s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; d = lr * ATAN2(k0 * s0, root2 * ROOT(s1)), {})
 
+/* X(rule, size of each state, names, function): sizes in rows, columns, n, axes (the sum of all axes' sizes), f; n-sized states have the
+   parameter's shape. */
+#define DOT__MATRIX_RULES(X) \
+    X(SPARSE_ADAM, n, n, 0, 0, 0, "exp_avg,exp_avg_sq", dot__sparse_adam) \
+    X(ADAM_MINI, n, rows, 0, 0, 0, "exp_avg,exp_avg_sq", dot__adam_mini) \
+    X(ADAMP, n, n, 0, 0, 0, "exp_avg,exp_avg_sq", dot__adamp) \
+    X(SGDP, f->beta1 > 0 ? n : 0, 0, 0, 0, 0, "momentum_buffer", dot__sgdp) \
+    X(SM3, axes, f->beta1 > 0 ? n : 0, 0, 0, 0, "accumulators,momentum_buffer", dot__sm3) \
+    X(CAME, matrix ? rows : n, matrix ? columns : 0, n, matrix ? rows : 0, matrix ? columns : 0, \
+      "exp_avg_sq_row,exp_avg_sq_col,exp_avg,exp_avg_res_row,exp_avg_res_col", dot__came) \
+    X(ADAFACTOR, dot__factor_axes_of(f->dialect, p).r, dot__factor_axes_of(f->dialect, p).c, f->beta1 > 0 ? n : 0, 0, 0, \
+      "row_var,col_var,exp_avg", dot__adafactor) \
+    X(MUON, n, matrix ? 0 : n, 0, 0, 0, "momentum_buffer,exp_avg_sq", dot__muon)
+
 #define DOT__RULE_ENUM(name, states, names, prepare, rule, measure) DOT__RULE_##name,
-typedef enum dot__rule { DOT__RULES(DOT__RULE_ENUM) DOT__RULE_COUNT, DOT__RULE_FACTORED, DOT__RULE_CUSTOM } dot__rule;
+#define DOT__MATRIX_ENUM(name, size0, size1, size2, size3, size4, names, function) DOT__RULE_##name,
+typedef enum dot__rule {
+    DOT__RULES(DOT__RULE_ENUM) DOT__RULE_COUNT, DOT__RULE_FACTORED, DOT__RULE_CUSTOM,
+    DOT__RULE_MATRIX, DOT__MATRIX_RULES(DOT__MATRIX_ENUM) DOT__RULE_END
+} dot__rule;
 #define DOT__PER_TENSOR 256          /* measures each parameter by itself */
 #define DOT__OVER_ALL 512           /* has numbers of the whole optimizer: see dot__rule_over_all */
 
 #define DOT__RULE_NAMES(name, states, names, prepare, rule, measure) names,
-static const char *const dot__rule_names[] = { DOT__RULES(DOT__RULE_NAMES) };
+#define DOT__MATRIX_NAMES(name, size0, size1, size2, size3, size4, names, function) names,
+static const char *const dot__rule_names[] = { DOT__RULES(DOT__RULE_NAMES) "", "", "", "", DOT__MATRIX_RULES(DOT__MATRIX_NAMES) };
 
 static unsigned dot__rule_states(dot__rule rule, const dot_optimizer_options *f)
 {
@@ -7111,6 +7170,7 @@ static void dot__rule_prepare(dot__rule rule, dot__scalars *h, const dot__prepar
 #define ROOT(x) sqrtf(x)
 #define CBRT(x) cbrtf(x)
 #define EXP(x) expf(x)
+#define POWER(x, p) ((p) == 1 ? (x) : powf(x, p))
 #define ATAN2(y, x) atan2f(y, x)
 #define ABS(x) fabsf(x)
 DOT__RULES(DOT__RULE_FUNCTION)
@@ -7120,6 +7180,7 @@ DOT__RULES(DOT__RULE_FUNCTION)
 #undef ROOT
 #undef CBRT
 #undef EXP
+#undef POWER
 #undef ATAN2
 #undef ABS
 #define T double
@@ -7128,6 +7189,7 @@ DOT__RULES(DOT__RULE_FUNCTION)
 #define ROOT(x) sqrt(x)
 #define CBRT(x) cbrt(x)
 #define EXP(x) exp(x)
+#define POWER(x, p) ((p) == 1 ? (x) : pow(x, p))
 #define ATAN2(y, x) atan2(y, x)
 #define ABS(x) fabs(x)
 DOT__RULES(DOT__RULE_FUNCTION)
@@ -7137,6 +7199,7 @@ DOT__RULES(DOT__RULE_FUNCTION)
 #undef ROOT
 #undef CBRT
 #undef EXP
+#undef POWER
 #undef ATAN2
 #undef ABS
 #undef RULE_TARGET
@@ -7149,6 +7212,7 @@ DOT__RULES(DOT__RULE_FUNCTION)
 typedef float dot__float8 __attribute__((vector_size(32)));
 DOT__TARGET_AVX2 static dot__float8 dot__cbrt8(dot__float8 x) { for (int j = 0; j < 8; ++j) x[j] = cbrtf(x[j]); return x; }
 DOT__TARGET_AVX2 static dot__float8 dot__exp8(dot__float8 x) { for (int j = 0; j < 8; ++j) x[j] = expf(x[j]); return x; }
+DOT__TARGET_AVX2 static dot__float8 dot__pow8(dot__float8 x, float p) { for (int j = 0; j < 8; ++j) x[j] = powf(x[j], p); return x; }
 DOT__TARGET_AVX2 static dot__float8 dot__atan8(dot__float8 y, dot__float8 x) { for (int j = 0; j < 8; ++j) y[j] = atan2f(y[j], x[j]); return y; }
 #define T float
 #define V dot__float8
@@ -7158,6 +7222,7 @@ DOT__TARGET_AVX2 static dot__float8 dot__atan8(dot__float8 y, dot__float8 x) { f
 #define ROOT(x) ((V)_mm256_sqrt_ps(M(x)))
 #define CBRT(x) dot__cbrt8(x)
 #define EXP(x) dot__exp8(x)
+#define POWER(x, p) ((p) == 1 ? (x) : dot__pow8(x, p))
 #define ATAN2(y, x) dot__atan8(y, x)
 #define ABS(x) ((V)_mm256_andnot_ps(_mm256_set1_ps(-0.0f), M(x)))
 #define MAX(x, least) ((V)_mm256_max_ps(M(least), M(x)))
@@ -7174,6 +7239,7 @@ DOT__RULES(DOT__RULE_FUNCTION)
 #undef ROOT
 #undef CBRT
 #undef EXP
+#undef POWER
 #undef ATAN2
 #undef ABS
 #undef MAX
@@ -7337,7 +7403,8 @@ typedef struct dot__slot {
     int64_t rows, columns;                  /* factored: the matrix; else size x 1 */
     bool factored;
     dot_tensor *state[DOT_MAX_STATES];      /* by rule: s0..s4; Adafactor: rows (or whole), columns, first moment */
-    dot_tensor *average;                    /* schedule-free: the training point, while the averaged one stands in the parameter */
+    dot_tensor *backup;                     /* of theta: schedule-free, while the averaged point stands in the parameter; Hutchinson */
+    dot_tensor *ahead;                      /* Hutchinson: the gradient at theta + h z */
     double *memory;                         /* [lane][DOT__MEMORY] */
     int64_t block_rows, blocks;             /* Adafactor: a piece is a block of rows */
     int64_t first_piece;                    /* of this step */
@@ -7389,12 +7456,13 @@ static bool dot__hyper_ok(dot_context *ctx, const char *function, dot_hyper whic
     return dot__option_ok(ctx, function, row->name, value, row->least, below_1 ? 1 : row->greatest, below_1);
 }
 
-static dot__rule dot__rule_of(dot_algorithm algorithm)
+static dot__rule dot__rule_of(const dot_optimizer_options *o)
 {
 #define DOT__RULE_ROW(constant, name, rule, description, source, ...) DOT__RULE_##rule,
     static const dot__rule rules[] = { DOT_OPTIMIZERS(DOT__RULE_ROW) };
 #undef DOT__RULE_ROW
-    return rules[algorithm];
+    bool dialect = rules[o->algorithm] == DOT__RULE_FACTORED && o->dialect != DOT_DIALECT_DEFAULT;
+    return dialect ? DOT__RULE_ADAFACTOR : rules[o->algorithm];
 }
 
 /* The dialects that each rule has. */
@@ -7404,22 +7472,29 @@ static bool dot__dialect_ok(dot__rule rule, dot_dialect dialect)
         { DOT__RULE_AMSGRAD, DOT_DIALECT_OPTAX }, { DOT__RULE_AMSGRAD, DOT_DIALECT_PAPER }, { DOT__RULE_NADAM, DOT_DIALECT_OPTAX },
         { DOT__RULE_NADAM, DOT_DIALECT_MLCOMMONS }, { DOT__RULE_RADAM, DOT_DIALECT_OPTAX }, { DOT__RULE_RADAM, DOT_DIALECT_OFFICIAL },
         { DOT__RULE_LARS, DOT_DIALECT_OPTAX }, { DOT__RULE_RMSPROP, DOT_DIALECT_TF }, { DOT__RULE_ADAGRAD, DOT_DIALECT_INSIDE },
+        { DOT__RULE_MUON, DOT_DIALECT_MATCH_RMS }, { DOT__RULE_ADAFACTOR, DOT_DIALECT_OPTAX }, { DOT__RULE_ADAFACTOR, DOT_DIALECT_TORCH },
+        { DOT__RULE_ADAFACTOR, DOT_DIALECT_HF }, { DOT__RULE_ADAFACTOR, DOT_DIALECT_T2T },
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; ++i)
         if (rows[i].rule == rule && rows[i].dialect == dialect) return true;
     return dialect == DOT_DIALECT_DEFAULT;
 }
 
+static bool dot__has_curvature(dot__rule rule)
+{
+    return rule == DOT__RULE_SOPHIA_G || rule == DOT__RULE_SOPHIA_H || rule == DOT__RULE_ADAHESSIAN;
+}
+
 static bool dot__rule_options_ok(dot_context *ctx, const char *f, const dot_optimizer_options *o)
 {
-    dot__rule rule = dot__rule_of(o->algorithm);
+    dot__rule rule = dot__rule_of(o);
     const char *name = dot_algorithm_name(o->algorithm);
     if (!dot__dialect_ok(rule, o->dialect))
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: %s has no dialect %d (%s), expected DOT_DIALECT_DEFAULT", f, name, (int)o->dialect,
                   (unsigned)o->dialect < DOT_DIALECTS ? dot_dialect_name(o->dialect) : "unknown");
     else if ((unsigned)o->state > DOT_STATE_8BIT)
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: state %d, expected DOT_STATE_...", f, (int)o->state);
-    else if (o->state != DOT_STATE_FULL && (rule >= DOT__RULE_COUNT || ctx->dtype != DOT_F32))
+    else if (o->state != DOT_STATE_FULL && (rule >= DOT__RULE_COUNT || dot__has_curvature(rule) || ctx->dtype != DOT_F32))
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: state %d for %s, expected DOT_STATE_FULL: others are for float32 and elementwise rules", f,
                   (int)o->state, name);
     else if (o->cautious && rule >= DOT__RULE_COUNT)
@@ -7488,15 +7563,39 @@ static bool dot__slot_visit(void *user, const char *name, dot__parameter *p)
 /* What a parameter needs: the matrix that a factored one is seen as, and the elements and type of each state. */
 typedef struct dot__plan { int64_t rows, columns; bool factored; int64_t size[DOT_MAX_STATES]; dot_dtype dtype; } dot__plan;
 
+/* The two axes that an Adafactor dialect factors, and the sizes of R (without `column`) and C (without `row`). */
+typedef struct dot__factor_axes { bool factored; int row, column; int64_t r, c; } dot__factor_axes;
+static dot__factor_axes dot__factor_axes_of(dot_dialect dialect, const dot__parameter *p);
+
+static void dot__matrix_plan(dot__rule rule, const dot_optimizer_options *f, const dot__parameter *p, int64_t size[DOT_MAX_STATES])
+{
+    bool matrix = p->rank >= 2 && p->tensor->size > 0;
+    int64_t n = p->tensor->size, rows = matrix ? p->shape[0] : n > 0, columns = rows ? n / rows : 0, axes = n > 0 && p->rank == 0;
+    for (int i = 0; i < p->rank && n > 0; ++i) axes += p->shape[i];
+    (void)columns;
+    (void)f;
+#define DOT__MATRIX_CASE(name, size0, size1, size2, size3, size4, names, function) \
+    case DOT__RULE_##name: size[0] = size0; size[1] = size1; size[2] = size2; size[3] = size3; size[4] = size4; break;
+    switch (rule) {
+    DOT__MATRIX_RULES(DOT__MATRIX_CASE)
+    default: break;
+    }
+#undef DOT__MATRIX_CASE
+}
+
 static dot__plan dot__plan_of(const dot_optimizer_options *o, const dot__parameter *p)
 {
     dot__plan plan;
-    dot__rule rule = dot__rule_of(o->algorithm);
+    dot__rule rule = dot__rule_of(o);
     int64_t n = p->tensor->size;
     memset(&plan, 0, sizeof plan);
     plan.rows = n;
     plan.columns = 1;
     plan.dtype = o->state == DOT_STATE_FULL ? p->tensor->dtype : DOT_U8;
+    if (rule > DOT__RULE_MATRIX) {
+        dot__matrix_plan(rule, o, p, plan.size);
+        return plan;
+    }
     if (rule != DOT__RULE_FACTORED) {
         unsigned states = dot__rule_states(rule, o);
         for (int i = 0; i < DOT_MAX_STATES; ++i)
@@ -7593,7 +7692,7 @@ dot_optimizer *dot_optimizer_create(dot_context *ctx, dot_layer *layer, const do
     opt->layer = layer;
     opt->options = o;
     opt->groups = o.group_count + 1;
-    opt->rule = dot__rule_of(o.algorithm);
+    opt->rule = dot__rule_of(&o);
     opt->states = dot__rule_states(opt->rule, &o);
     opt->factored = opt->rule == DOT__RULE_FACTORED;
     if (!dot__optimizer_allocate(opt)) return NULL;
@@ -7611,7 +7710,8 @@ dot_optimizer *dot_optimizer_create(dot_context *ctx, dot_layer *layer, const do
             opt->loss[lane] = (double)NAN;
         }
     opt->options.groups = NULL;             /* the caller's array need not live on */
-    if (opt->factored && o.relative_step) dot__log(ctx, "%s: the step is min(lr, 1/sqrt(t)): lr %g is only its upper bound",
+    bool relative = o.relative_step && o.dialect != DOT_DIALECT_OPTAX && (opt->factored || opt->rule == DOT__RULE_ADAFACTOR);
+    if (relative) dot__log(ctx, "%s: the step is min(lr, 1/sqrt(t)): lr %g is only its upper bound",
                                                    dot_algorithm_name(o.algorithm), o.lr);
     return opt;
 }
@@ -7633,7 +7733,7 @@ bool dot_optimizer_set(dot_optimizer *opt, dot_hyper which, int group, int lane,
     dot_optimizer_options changed = opt->options;
     changed.beta1 = value;
     if (which == DOT_HYPER_BETA1 && value > 0 && opt->options.beta1 == 0
-        && (opt->factored || dot__rule_states(opt->rule, &changed) != opt->states)) {
+        && (opt->rule >= DOT__RULE_COUNT || dot__rule_states(opt->rule, &changed) != opt->states)) {
         dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_optimizer_set: beta1 %g, but the optimizer was created without a first moment", value);
         return false;
     }
@@ -8177,6 +8277,529 @@ static bool dot__factor_step(dot_optimizer *opt)
     return true;
 }
 
+/* ---- rules that see a parameter whole: as the matrix [shape[0], rest] of its PyTorch shape ----
+   They work in double on copies in PyTorch's order, one parameter and lane at a time. */
+
+typedef struct dot__matrix {
+    const dot_optimizer_options *f;
+    const dot__numbers *o;
+    const dot__parameter *p;
+    bool matrix;                            /* rank 2 or more */
+    int64_t rows, columns, n;               /* less than rank 2: 1 x n */
+    double t, lr, keep, after, l2;
+    double *theta, *g, *d;                  /* [n]; d: what is to be subtracted */
+    double *s[DOT_MAX_STATES];
+    double *scratch;                        /* DOT__MATRIX_SCRATCH doubles */
+} dot__matrix;
+
+#define DOT__MATRIX_SCRATCH(rows, columns, n) (3 * (n) + 6 * (rows) * (rows) + 2 * ((rows) + (columns)) + 64)
+
+static double dot__norm_of(const double *x, int64_t n)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
+    return sqrt(sum);
+}
+
+static double dot__product_of(const double *x, const double *y, int64_t n)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
+    return sum;
+}
+
+static void dot__mean_into(double *mean, const double *x, double beta, int64_t n)
+{
+    for (int64_t i = 0; i < n; ++i) mean[i] = beta * mean[i] + (1 - beta) * x[i];
+}
+
+static void dot__mean_square_into(double *mean, const double *x, double beta, int64_t n)
+{
+    for (int64_t i = 0; i < n; ++i) mean[i] = beta * mean[i] + (1 - beta) * x[i] * x[i];
+}
+
+/* d = lr m^ / (sqrt(v^) + eps), from moments that are up to date. */
+static void dot__adam_direction(dot__matrix *a, const double *m, const double *v)
+{
+    double c1 = 1 - pow(a->o->beta1, a->t), c2 = 1 - pow(a->o->beta2, a->t);
+    for (int64_t i = 0; i < a->n; ++i) a->d[i] = a->lr * (m[i] / c1) / (sqrt(v[i] / c2) + a->o->eps);
+}
+
+/* torch.optim.SparseAdam: rows whose gradient is 0 stay as they are, moments too. */
+static void dot__sparse_adam(dot__matrix *a)
+{
+    const dot__numbers *o = a->o;
+    int64_t rows = a->matrix ? a->rows : 1, columns = a->matrix ? a->columns : a->n;
+    double rate = a->lr * sqrt(1 - pow(o->beta2, a->t)) / (1 - pow(o->beta1, a->t));
+    for (int64_t r = 0; r < rows; ++r) {
+        double *g = a->g + r * columns, *m = a->s[0] + r * columns, *v = a->s[1] + r * columns, *d = a->d + r * columns;
+        bool touched = !a->matrix;
+        for (int64_t c = 0; c < columns; ++c) touched = touched || g[c] != 0;
+        for (int64_t c = 0; c < columns; ++c) d[c] = 0;
+        for (int64_t c = 0; c < columns && touched; ++c) {
+            m[c] += (1 - o->beta1) * (g[c] - m[c]);
+            v[c] += (1 - o->beta2) * (g[c] * g[c] - v[c]);
+            d[c] = rate * m[c] / (sqrt(v[c]) + o->eps);
+        }
+    }
+}
+
+/* Adam-mini (Zhang et al. 2024): one second moment for each index of the first axis, the mean of g^2. */
+static void dot__adam_mini(dot__matrix *a)
+{
+    const dot__numbers *o = a->o;
+    double c1 = 1 - pow(o->beta1, a->t), c2 = 1 - pow(o->beta2, a->t);
+    dot__mean_into(a->s[0], a->g, o->beta1, a->n);
+    for (int64_t r = 0; r < a->rows; ++r) {
+        const double *g = a->g + r * a->columns, *m = a->s[0] + r * a->columns;
+        a->s[1][r] = o->beta2 * a->s[1][r] + (1 - o->beta2) * dot__product_of(g, g, a->columns) / (double)a->columns;
+        for (int64_t c = 0; c < a->columns; ++c)
+            a->d[r * a->columns + c] = a->lr * (m[c] / c1) / (sqrt(a->s[1][r] / c2) + o->eps);
+    }
+}
+
+/* Heo et al. 2021, section 3: where weight and gradient are nearly orthogonal, in every row or as a whole, the weight is taken to be
+   scale-invariant, and the radial part of the direction u is removed. Returns the factor of the decay. */
+static double dot__project(dot__matrix *a, double *u)
+{
+    const double floor = a->o->eps;
+    for (int whole = 0; whole < 2 && a->matrix; ++whole) {
+        int64_t rows = whole ? 1 : a->rows, columns = whole ? a->n : a->columns;
+        double largest = 0;
+        for (int64_t r = 0; r < rows; ++r) {
+            const double *w = a->theta + r * columns, *g = a->g + r * columns;
+            double wn = dot__norm_of(w, columns), gn = dot__norm_of(g, columns);
+            double cosine = fabs(dot__product_of(w, g, columns)) / (wn > floor ? wn : floor) / (gn > floor ? gn : floor);
+            if (cosine > largest) largest = cosine;
+        }
+        if (largest >= a->o->delta / sqrt((double)columns)) continue;
+        for (int64_t r = 0; r < rows; ++r) {
+            const double *w = a->theta + r * columns;
+            double norm = dot__norm_of(w, columns) + floor, radial = dot__product_of(w, u + r * columns, columns) / norm;
+            for (int64_t c = 0; c < columns; ++c) u[r * columns + c] -= w[c] / norm * radial;
+        }
+        return a->o->wd_ratio;
+    }
+    return 1;
+}
+
+static void dot__adamp(dot__matrix *a)
+{
+    const dot__numbers *o = a->o;
+    double c1 = 1 - pow(o->beta1, a->t), c2 = 1 - pow(o->beta2, a->t);
+    dot__mean_into(a->s[0], a->g, o->beta1, a->n);
+    dot__mean_square_into(a->s[1], a->g, o->beta2, a->n);
+    for (int64_t i = 0; i < a->n; ++i) {
+        double m = a->f->nesterov ? o->beta1 * a->s[0][i] + (1 - o->beta1) * a->g[i] : a->s[0][i];
+        a->d[i] = m / (sqrt(a->s[1][i] / c2) + o->eps);
+    }
+    a->keep = 1 - (1 - a->keep) * dot__project(a, a->d);
+    for (int64_t i = 0; i < a->n; ++i) a->d[i] *= a->lr / c1;
+}
+
+static void dot__sgdp(dot__matrix *a)
+{
+    const dot__numbers *o = a->o;
+    for (int64_t i = 0; i < a->n; ++i) {
+        double b = o->beta1 * (a->s[0] ? a->s[0][i] : 0) + (1 - o->dampening) * a->g[i];
+        if (a->s[0]) a->s[0][i] = b;
+        a->d[i] = a->f->nesterov ? a->g[i] + o->beta1 * b : b;
+    }
+    a->keep = 1 - (1 - a->keep) * dot__project(a, a->d) / (1 - o->beta1);
+    for (int64_t i = 0; i < a->n; ++i) a->d[i] *= a->lr;
+}
+
+/* SM3-II with momentum (Anil et al. 2019): s[0] has the accumulators of all axes, one after the other. */
+static void dot__sm3(dot__matrix *a)
+{
+    const int rank = a->p->rank;
+    const int64_t *shape = a->p->shape;
+    int64_t at[DOT_MAX_RANK] = { 0 }, begin[DOT_MAX_RANK + 1] = { 0 };
+    double *largest = a->scratch;           /* the new accumulators */
+    for (int k = 0; k < rank; ++k) begin[k + 1] = begin[k] + shape[k];
+    for (int64_t i = 0; i < (rank ? begin[rank] : 1); ++i) largest[i] = 0;
+    for (int64_t i = 0; i < a->n; ++i) {
+        double nu = a->s[0][begin[0] + at[0]], u;
+        for (int k = 1; k < rank; ++k) if (a->s[0][begin[k] + at[k]] < nu) nu = a->s[0][begin[k] + at[k]];
+        nu += a->g[i] * a->g[i];
+        for (int k = 0; k < (rank ? rank : 1); ++k) if (!(largest[begin[k] + at[k]] >= nu)) largest[begin[k] + at[k]] = nu;
+        u = nu > 0 ? a->g[i] / sqrt(nu + a->o->eps) : 0;
+        if (a->s[1]) u = a->s[1][i] = a->o->beta1 * a->s[1][i] + (1 - a->o->beta1) * u;
+        a->d[i] = a->lr * u;
+        for (int k = rank - 1; k >= 0 && ++at[k] == shape[k]; --k) at[k] = 0;
+    }
+    for (int64_t i = 0; i < (rank ? begin[rank] : 1); ++i) a->s[0][i] = largest[i];
+}
+
+/* r and c: means of x over columns and rows, decayed by beta; out = x's matrix R C / mean(R). */
+static void dot__factor_into(const dot__matrix *a, double *r, double *c, const double *x, double beta, double *out)
+{
+    double mean = 0;
+    for (int64_t j = 0; j < a->columns; ++j) c[j] *= beta;
+    for (int64_t i = 0; i < a->rows; ++i) {
+        double sum = 0;
+        for (int64_t j = 0; j < a->columns; ++j) {
+            sum += x[i * a->columns + j];
+            c[j] += (1 - beta) * x[i * a->columns + j] / (double)a->rows;
+        }
+        r[i] = beta * r[i] + (1 - beta) * sum / (double)a->columns;
+        mean += r[i] / (double)a->rows;
+    }
+    for (int64_t i = 0; i < a->n; ++i) out[i] = r[i / a->columns] / mean * c[i % a->columns];
+}
+
+/* CAME (Luo et al. 2023, algorithm 2): s: R and C of g^2 (or v), m, R and C of the instability. */
+static void dot__came(dot__matrix *a)
+{
+    const dot__numbers *o = a->o;
+    double *x = a->scratch, *v = x + a->n, rms = 0;
+    for (int64_t i = 0; i < a->n; ++i) x[i] = a->g[i] * a->g[i] + o->eps1;
+    if (a->matrix) dot__factor_into(a, a->s[0], a->s[1], x, o->beta2, v);
+    else for (int64_t i = 0; i < a->n; ++i) v[i] = a->s[0][i] = o->beta2 * a->s[0][i] + (1 - o->beta2) * x[i];
+    for (int64_t i = 0; i < a->n; ++i) { a->d[i] = a->g[i] / sqrt(v[i]); rms += a->d[i] * a->d[i]; }
+    rms = sqrt(rms / (double)a->n) / o->clip_threshold;
+    for (int64_t i = 0; i < a->n && rms > 1; ++i) a->d[i] /= rms;
+    dot__mean_into(a->s[2], a->d, o->beta1, a->n);
+    for (int64_t i = 0; i < a->n; ++i) x[i] = (a->d[i] - a->s[2][i]) * (a->d[i] - a->s[2][i]) + o->eps2;
+    if (a->matrix) dot__factor_into(a, a->s[3], a->s[4], x, o->beta3, v);
+    for (int64_t i = 0; i < a->n; ++i) a->d[i] = a->lr * (a->matrix ? a->s[2][i] / sqrt(v[i]) : a->s[2][i]);
+}
+
+
+static dot__factor_axes dot__factor_axes_of(dot_dialect dialect, const dot__parameter *p)
+{
+    dot__factor_axes a;
+    memset(&a, 0, sizeof a);
+    a.row = p->rank - 2;
+    a.column = p->rank - 1;
+    a.r = p->tensor->size;
+    a.factored = p->rank >= 2 && p->tensor->size > 0 && (dialect != DOT_DIALECT_T2T || p->rank == 2);
+    if (dialect == DOT_DIALECT_OPTAX && a.factored) {       /* the two largest, the latter of equals as the larger, if both have 128 */
+        int first = 0, second = -1;
+        for (int i = 1; i < p->rank; ++i) if (p->shape[i] >= p->shape[first]) first = i;
+        for (int i = 0; i < p->rank; ++i) if (i != first && (second < 0 || p->shape[i] >= p->shape[second])) second = i;
+        a.row = second;
+        a.column = first;
+        a.factored = p->shape[second] >= 128;
+    }
+    if (!a.factored) return a;
+    a.r = p->tensor->size / p->shape[a.column];
+    a.c = p->tensor->size / p->shape[a.row];
+    return a;
+}
+
+/* v = R C / mean(R) over the row axis, after R and C have taken the means of x = g^2. */
+static void dot__factor_dialect(const dot__matrix *a, const dot__factor_axes *axes, const double *x, double beta2, double *v)
+{
+    const dot__parameter *p = a->p;
+    double *r = a->s[0], *c = a->s[1], *mean = v + a->n;    /* mean: by R's index with the row axis at 0 */
+    bool torch = a->f->dialect == DOT_DIALECT_TORCH;
+    int64_t ri[DOT_MAX_RANK] = { 0 }, ci[DOT_MAX_RANK] = { 0 }, at[DOT_MAX_RANK], rows = p->shape[axes->row], columns = p->shape[axes->column];
+    int64_t step_r = 1, step_c = 1;
+    for (int k = p->rank - 1; k >= 0; --k) {
+        if (k != axes->column) { ri[k] = step_r; step_r *= p->shape[k]; }
+        if (k != axes->row) { ci[k] = step_c; step_c *= p->shape[k]; }
+    }
+    for (int64_t i = 0; i < axes->r; ++i) { r[i] *= beta2; mean[i] = 0; }
+    for (int64_t i = 0; i < axes->c; ++i) c[i] *= beta2;
+    for (int pass = 0; pass < 3; ++pass) {
+        memset(at, 0, sizeof at);
+        for (int64_t i = 0; i < a->n; ++i) {
+            int64_t row = 0, column = 0;
+            for (int k = 0; k < p->rank; ++k) { row += at[k] * ri[k]; column += at[k] * ci[k]; }
+            double *m = &mean[row - at[axes->row] * ri[axes->row]];
+            if (pass == 0) {
+                r[row] += (1 - beta2) * x[i] / (double)columns;
+                c[column] += (1 - beta2) * x[i] / (double)rows;
+            } else if (pass == 1) {
+                *m += at[axes->column] == 0 ? r[row] / (double)rows : 0;
+            } else v[i] = r[row] * c[column] / (torch && *m < a->o->eps1 ? a->o->eps1 : *m);
+            for (int k = p->rank - 1; k >= 0 && ++at[k] == p->shape[k]; --k) at[k] = 0;
+        }
+    }
+}
+
+/* Adafactor as others have written it: see dot_dialect. s: R (or v), C, m. */
+static void dot__adafactor(dot__matrix *a)
+{
+    const dot__numbers *o = a->o;
+    dot_dialect dialect = a->f->dialect;
+    dot__factor_axes axes = dot__factor_axes_of(dialect, a->p);
+    bool torch = dialect == DOT_DIALECT_TORCH, t2t = dialect == DOT_DIALECT_T2T;
+    bool relative = torch || (a->f->relative_step && dialect != DOT_DIALECT_OPTAX);
+    double *x = a->scratch, *v = x + a->n, beta2 = 1 - pow(a->t, -o->beta2_exponent), rms = 0, theta = 0, eta = o->lr > 0 ? a->lr / o->lr : 0;
+    for (int64_t i = 0; i < a->n; ++i) {
+        x[i] = a->g[i] * a->g[i] + (torch ? 0 : o->eps1);
+        theta += a->theta[i] * a->theta[i];
+    }
+    if (axes.factored) dot__factor_dialect(a, &axes, x, beta2, v);
+    else for (int64_t i = 0; i < a->n; ++i) v[i] = a->s[0][i] = beta2 * a->s[0][i] + (1 - beta2) * x[i];
+    for (int64_t i = 0; i < a->n; ++i) {
+        if (torch && v[i] < o->eps1 * o->eps1) v[i] = o->eps1 * o->eps1;
+        a->d[i] = a->g[i] / sqrt(v[i]);
+        rms += a->d[i] * a->d[i];
+    }
+    rms = sqrt(rms / (double)a->n) / o->clip_threshold;
+    theta = sqrt(theta / (double)a->n);
+    double limit = 1 / sqrt(a->t), rate = !relative ? a->lr : torch ? fmin(a->lr, limit) : eta * fmin(o->lr, limit);
+    if (torch || a->f->scale_parameter) rate *= theta > o->eps2 ? theta : o->eps2;
+    else if (t2t && relative) rate *= 0.05;
+    for (int64_t i = 0; i < a->n; ++i) a->d[i] *= rate / (rms > 1 ? rms : 1);
+    if (a->s[2]) {
+        dot__mean_into(a->s[2], a->d, o->beta1, a->n);
+        memcpy(a->d, a->s[2], (size_t)a->n * sizeof(double));
+    }
+    if (dialect == DOT_DIALECT_HF && a->f->decay == DOT_DECAY_LR) a->keep = 1 - rate * o->weight_decay;
+}
+
+/* out[m, n] = a[m, k] b[k, n], or with b transposed: b[n, k]. */
+static void dot__multiply(const double *a, const double *b, double *out, int64_t m, int64_t k, int64_t n, bool transposed)
+{
+    for (int64_t i = 0; i < m; ++i) {
+        double *row = out + i * n;
+        if (transposed) {
+            for (int64_t j = 0; j < n; ++j) row[j] = dot__product_of(a + i * k, b + j * k, k);
+            continue;
+        }
+        for (int64_t j = 0; j < n; ++j) row[j] = 0;
+        for (int64_t l = 0; l < k; ++l)
+            for (int64_t j = 0; j < n; ++j) row[j] += a[i * k + l] * b[l * n + j];
+    }
+}
+
+static void dot__transpose(const double *x, double *out, int64_t rows, int64_t columns)
+{
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) out[j * rows + i] = x[i * columns + j];
+}
+
+/* x [rows, columns], rows <= columns, becomes nearly orthogonal: `steps` of the quintic Newton-Schulz iteration of Jordan et al. 2024.
+   scratch: rows^2 * 2 + n. */
+static void dot__orthogonalize(double *x, int64_t rows, int64_t columns, int steps, double eps, double *scratch)
+{
+    double *square = scratch, *poly = square + rows * rows, *next = poly + rows * rows, norm = dot__norm_of(x, rows * columns);
+    for (int64_t i = 0; i < rows * columns; ++i) x[i] /= norm > eps ? norm : eps;
+    while (steps-- > 0) {
+        dot__multiply(x, x, square, rows, columns, rows, true);
+        dot__multiply(square, square, poly, rows, rows, rows, false);
+        for (int64_t i = 0; i < rows * rows; ++i) poly[i] = -4.7750 * square[i] + 2.0315 * poly[i];
+        dot__multiply(poly, x, next, rows, rows, columns, false);
+        for (int64_t i = 0; i < rows * columns; ++i) x[i] = 3.4445 * x[i] + next[i];
+    }
+}
+
+/* The direction a->d, made orthogonal; tall matrices are transposed for it. */
+static void dot__orthogonal_direction(dot__matrix *a)
+{
+    bool tall = a->rows > a->columns;
+    int64_t rows = tall ? a->columns : a->rows, columns = tall ? a->rows : a->columns;
+    double *x = a->d;
+    if (tall) dot__transpose(a->d, x = a->scratch, a->rows, a->columns);
+    dot__orthogonalize(x, rows, columns, (int)a->o->ns_steps, a->o->eps, a->scratch + a->n);
+    if (tall) dot__transpose(x, a->d, rows, columns);
+}
+
+/* Muon (Jordan et al. 2024; torch.optim.Muon): momentum, orthogonalised. Vectors and scalars go to AdamW. */
+static void dot__muon(dot__matrix *a)
+{
+    const dot__numbers *o = a->o;
+    double tall = (double)a->rows, wide = (double)a->columns;
+    dot__mean_into(a->s[0], a->g, o->beta1, a->n);
+    if (!a->matrix) {
+        dot__mean_square_into(a->s[1], a->g, o->beta2, a->n);
+        dot__adam_direction(a, a->s[0], a->s[1]);
+        return;
+    }
+    for (int64_t i = 0; i < a->n; ++i)
+        a->d[i] = a->f->nesterov ? o->beta1 * a->s[0][i] + (1 - o->beta1) * a->g[i] : a->s[0][i];
+    dot__orthogonal_direction(a);
+    double scale = a->f->dialect == DOT_DIALECT_MATCH_RMS ? 0.2 * sqrt(tall > wide ? tall : wide) : sqrt(tall > wide ? tall / wide : 1);
+    for (int64_t i = 0; i < a->n; ++i) a->d[i] *= a->lr * scale;
+}
+
+/* ---- the step of the rules above ---- */
+
+typedef struct dot__matrix_job { dot_optimizer *opt; double **memory; } dot__matrix_job;
+
+/* Of a state: its size in PyTorch's order if it has the parameter's shape, else as it lies. */
+static void dot__matrix_state(const dot__slot *slot, int lane, int i, double *values, bool out)
+{
+    dot_tensor *t = slot->state[i];
+    void *data = dot__at(t, lane);
+    if (t->size == slot->tensor->size) {
+        if (out) dot__torch_set(&slot->parameter->layout, t->dtype, data, t->size, values);
+        else dot__torch_get(&slot->parameter->layout, t->dtype, data, t->size, values);
+        return;
+    }
+    for (int64_t j = 0; j < t->size; ++j)
+        if (out) dot__store(data, t->dtype, j, values[j]); else values[j] = dot__load(data, t->dtype, j);
+}
+
+static int64_t dot__matrix_room(const dot__slot *slot)
+{
+    const dot__parameter *p = slot->parameter;
+    int64_t n = slot->tensor->size, rows = p->rank >= 2 ? p->shape[0] : 1, columns = n / rows, room = 3 * n;
+    for (int i = 0; i < DOT_MAX_STATES; ++i) room += slot->state[i] ? slot->state[i]->size : 0;
+    return room + DOT__MATRIX_SCRATCH(dot__min(rows, columns), dot__max(rows, columns), n);
+}
+
+static void dot__matrix_apply(dot__matrix *a, dot__rule rule)
+{
+#define DOT__MATRIX_CASE(name, size0, size1, size2, size3, size4, names, function) case DOT__RULE_##name: function(a); break;
+    switch (rule) {
+    DOT__MATRIX_RULES(DOT__MATRIX_CASE)
+    default: break;
+    }
+#undef DOT__MATRIX_CASE
+}
+
+static void dot__matrix_piece(void *argument, int lane, int64_t index)
+{
+    dot__matrix_job *job = (dot__matrix_job *)argument;
+    dot_optimizer *opt = job->opt;
+    dot__slot *slot = opt->active_slot[index];
+    const dot__parameter *p = slot->parameter;
+    dot__scalars h = dot__common_scalars(opt, slot, lane);
+    dot__matrix a;
+    double *memory = job->memory[index] + lane * dot__matrix_room(slot);
+    memset(&a, 0, sizeof a);
+    a.f = &opt->options;
+    a.o = dot__hypers(opt, slot->group, lane);
+    a.p = p;
+    a.n = slot->tensor->size;
+    a.matrix = p->rank >= 2;
+    a.rows = a.matrix ? p->shape[0] : 1;
+    a.columns = a.n / a.rows;
+    a.t = (double)slot->t;
+    a.lr = h.lr;
+    a.keep = h.keep;
+    a.after = h.after;
+    a.theta = memory;
+    a.g = a.theta + a.n;
+    a.d = a.g + a.n;
+    a.scratch = a.d + a.n;
+    for (int i = 0; i < DOT_MAX_STATES; ++i)
+        if (slot->state[i]) {
+            dot__matrix_state(slot, lane, i, a.s[i] = a.scratch, false);
+            a.scratch += slot->state[i]->size;
+        }
+    dot__torch_get(&p->layout, slot->tensor->dtype, dot__at(slot->tensor, lane), a.n, a.theta);
+    dot__torch_get(&p->layout, slot->tensor->dtype, dot__at(slot->tensor->grad, lane), a.n, a.g);
+    for (int64_t i = 0; i < a.n; ++i) a.g[i] = h.gradient * a.g[i] + h.l2 * a.theta[i];
+    dot__matrix_apply(&a, opt->rule);
+    for (int64_t i = 0; i < a.n; ++i) a.theta[i] = a.after * (a.keep * a.theta[i] - a.d[i]);
+    dot__torch_set(&p->layout, slot->tensor->dtype, dot__at(slot->tensor, lane), a.n, a.theta);
+    for (int i = 0; i < DOT_MAX_STATES; ++i)
+        if (slot->state[i]) dot__matrix_state(slot, lane, i, a.s[i], true);
+}
+
+static bool dot__matrix_step(dot_optimizer *opt)
+{
+    dot_context *ctx = opt->ctx;
+    dot__mark mark = dot__scratch_begin(ctx);
+    dot__matrix_job job;
+    job.opt = opt;
+    job.memory = (double **)dot__step_alloc(ctx, (size_t)opt->active * sizeof(double *) + 1);
+    for (int i = 0; i < opt->active && job.memory; ++i) {
+        size_t room = (size_t)dot__matrix_room(opt->active_slot[i]) * (size_t)ctx->lanes * sizeof(double);
+        if (!(job.memory[i] = (double *)dot__step_alloc(ctx, room))) return false;
+    }
+    if (!job.memory) return false;
+    for (int i = 0; i < opt->active; ++i) opt->active_slot[i]->t++;
+    dot__parallel(ctx, true, opt->active, dot__matrix_piece, &job);
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+/* ---- curvature ---- */
+
+static void dot__curvature_piece(void *argument, int lane, int64_t piece)
+{
+    dot_optimizer *opt = (dot_optimizer *)argument;
+    const dot__slot *slot = dot__slot_of_piece(opt, piece);
+    bool estimate = opt->rule == DOT__RULE_SOPHIA_H;    /* kept until its step has used the curvature before it */
+    double beta2 = dot__hypers(opt, slot->group, lane)->beta2;
+    void *g = dot__at(slot->tensor->grad, lane), *s = dot__at(slot->state[estimate ? 2 : 1], lane);
+    dot_dtype dtype = slot->tensor->dtype;
+    int64_t n, i = dot__part(slot->tensor->size, piece - slot->first_piece, DOT__PIECE, &n);
+    for (n += i; i < n; ++i) {
+        double x = dot__load(g, dtype, i);
+        dot__store(s, dtype, i, estimate ? x : beta2 * dot__load(s, dtype, i) + (1 - beta2) * x * x);
+    }
+}
+
+bool dot_optimizer_curvature(dot_optimizer *opt)
+{
+    if (!opt || !dot_ok(opt->ctx)) return false;
+    if (!dot__has_curvature(opt->rule)) return dot_zero_grad(opt->layer);
+    dot__select(opt, false, false);
+    dot__parallel(opt->ctx, true, opt->pieces, dot__curvature_piece, opt);
+    for (int i = 0; i < opt->active; ++i)
+        for (int lane = 0; lane < opt->ctx->lanes; ++lane) opt->active_slot[i]->memory[lane * DOT__MEMORY] += 1;
+    return dot_zero_grad(opt->layer);
+}
+
+/* theta = backup + step z, z = +-1 drawn from the lane's seed; or, with `estimate`, gradient = z (ahead - gradient) / (2 h), theta = backup. */
+static void dot__hutchinson_slot(dot_optimizer *opt, dot__slot *slot, double step, bool estimate)
+{
+    dot_tensor *w = slot->tensor;
+    uint64_t stream = DOT__STREAM_HUTCHINSON | (uint64_t)slot->index << 40 | (uint64_t)opt->steps;
+    for (int lane = 0; lane < opt->ctx->lanes; ++lane)
+        for (int64_t i = 0; i < w->size; ++i) {
+            double z = dot_random_uniform(opt->ctx->lane_seeds[lane], stream, (uint64_t)i) < 0.5 ? -1 : 1;
+            double theta = dot__load(dot__at(slot->backup, lane), w->dtype, i);
+            dot__store(dot__at(w, lane), w->dtype, i, estimate ? theta : theta + step * z);
+            if (estimate && w->has_grad) {
+                double change = dot__load(dot__at(slot->ahead, lane), w->dtype, i) - dot__load(dot__at(w->grad, lane), w->dtype, i);
+                dot__store(dot__at(w->grad, lane), w->dtype, i, z * change / (2 * step));
+            }
+        }
+}
+
+static void dot__copy_lanes(dot_tensor *to, dot_tensor *from)
+{
+    for (int lane = 0; lane < from->ctx->lanes; ++lane)
+        memcpy(dot__at(to, lane), dot__at(from, lane), (size_t)from->size * dot_dtype_size(from->dtype));
+}
+
+static bool dot__hutchinson_begin(dot_optimizer *opt)
+{
+    for (int i = 0; i < opt->slots; ++i) {
+        dot__slot *slot = &opt->slot[i];
+        dot_tensor *w = slot->tensor;
+        if ((!slot->backup && !(slot->backup = dot__persistent_tensor(opt->ctx, w->dtype, 1, &w->size, w->size)))
+            || (!slot->ahead && !(slot->ahead = dot__persistent_tensor(opt->ctx, w->dtype, 1, &w->size, w->size)))) return false;
+        dot__copy_lanes(slot->backup, w);
+    }
+    return true;
+}
+
+bool dot_optimizer_hutchinson(dot_optimizer *opt, dot_loss_function loss, void *user)
+{
+    if (!opt || !dot_ok(opt->ctx)) return false;
+    if (!loss) {
+        dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_optimizer_hutchinson: loss NULL, expected a function");
+        return false;
+    }
+    if (!dot__has_curvature(opt->rule)) return true;
+    opt->ctx->function = "dot_optimizer_hutchinson";
+    if (!dot__hutchinson_begin(opt)) return false;
+    double h = cbrt(opt->ctx->dtype == DOT_F64 ? DBL_EPSILON : (double)FLT_EPSILON);    /* the best step of a central difference */
+    for (int side = 0; side < 2; ++side) {
+        for (int i = 0; i < opt->slots; ++i) dot__hutchinson_slot(opt, &opt->slot[i], side ? -h : h, false);
+        bool good = dot_backward(loss(user));
+        for (int i = 0; i < opt->slots; ++i) {
+            dot__slot *slot = &opt->slot[i];
+            if (!good) dot__copy_lanes(slot->tensor, slot->backup);
+            else if (side) dot__hutchinson_slot(opt, slot, h, true);
+            else if (slot->tensor->has_grad) dot__copy_lanes(slot->ahead, slot->tensor->grad);
+        }
+        if (!good) return false;
+        if (side == 0) dot_zero_grad(opt->layer);
+    }
+    return dot_optimizer_curvature(opt);
+}
+
 /* Gaussian noise of variance eta / t^gamma on every gradient (Neelakantan et al. 2015). */
 static void dot__noise_piece(void *argument, int lane, int64_t piece)
 {
@@ -8214,7 +8837,7 @@ bool dot_optimizer_step(dot_optimizer *opt, double multiplier)
     opt->multiplier = multiplier;
     dot__select(opt, false, opt->factored);
     if (opt->rule == DOT__RULE_NOISY_SGD) dot__parallel(opt->ctx, true, opt->pieces, dot__noise_piece, opt);
-    if (!(opt->factored ? dot__factor_step(opt) : dot__rule_step(opt))) return false;
+    if (!(opt->factored ? dot__factor_step(opt) : opt->rule > DOT__RULE_MATRIX ? dot__matrix_step(opt) : dot__rule_step(opt))) return false;
     opt->steps++;
     opt->has_loss = false;
     for (int lane = 0; lane < opt->ctx->lanes; ++lane) opt->clip[lane] = 1;
@@ -8225,10 +8848,10 @@ bool dot_optimizer_step(dot_optimizer *opt, double multiplier)
 static bool dot__average_slot(dot_optimizer *opt, dot__slot *slot)
 {
     dot_tensor *w = slot->tensor;
-    if (!slot->average && !(slot->average = dot__persistent_tensor(opt->ctx, w->dtype, 1, &w->size, w->size))) return false;
+    if (!slot->backup && !(slot->backup = dot__persistent_tensor(opt->ctx, w->dtype, 1, &w->size, w->size))) return false;
     for (int lane = 0; lane < opt->ctx->lanes; ++lane) {
         double share = slot->t > 0 ? 1 - 1 / dot__hypers(opt, slot->group, lane)->beta1 : 0;
-        memcpy(dot__at(slot->average, lane), dot__at(w, lane), (size_t)w->size * dot_dtype_size(w->dtype));
+        memcpy(dot__at(slot->backup, lane), dot__at(w, lane), (size_t)w->size * dot_dtype_size(w->dtype));
         for (int64_t i = 0; i < w->size; ++i) {
             double y = dot__load(dot__at(w, lane), w->dtype, i), z;
             float decoded;
@@ -8243,12 +8866,6 @@ static bool dot__average_slot(dot_optimizer *opt, dot__slot *slot)
     return true;
 }
 
-static void dot__restore_slot(dot__slot *slot)
-{
-    for (int lane = 0; lane < slot->tensor->ctx->lanes; ++lane)
-        memcpy(dot__at(slot->tensor, lane), dot__at(slot->average, lane), (size_t)slot->tensor->size * dot_dtype_size(slot->tensor->dtype));
-}
-
 bool dot_optimizer_averaged(dot_optimizer *opt, bool on)
 {
     if (!opt || !dot_ok(opt->ctx)) return false;
@@ -8258,10 +8875,10 @@ bool dot_optimizer_averaged(dot_optimizer *opt, bool on)
     for (int i = 0; i < opt->slots; ++i) {
         dot__slot *slot = &opt->slot[i];
         if (on && !dot__average_slot(opt, slot)) {
-            while (i-- > 0) dot__restore_slot(&opt->slot[i]);
+            while (i-- > 0) dot__copy_lanes(opt->slot[i].tensor, opt->slot[i].backup);
             return false;
         }
-        if (!on) dot__restore_slot(slot);
+        if (!on) dot__copy_lanes(slot->tensor, slot->backup);
     }
     opt->averaged = on;
     return true;
@@ -11942,7 +12559,7 @@ static const char *dot__state_name(const dot_optimizer *opt, const dot__slot *sl
 {
     static const char *const factored[] = { "row_var", "col_var", "exp_avg", "" };
     if (opt->factored) return !slot->factored && state == 0 ? "variance" : factored[state];
-    const char *name = opt->rule < DOT__RULE_COUNT ? dot__rule_names[opt->rule] : "";
+    const char *name = dot__rule_names[opt->rule];
     for (int i = 0; i < state && name; ++i) name = strchr(name, ',') ? strchr(name, ',') + 1 : NULL;
     if (!name || !*name) snprintf(out, DOT_MAX_NAME, "state%d", state);
     else snprintf(out, DOT_MAX_NAME, "%.*s", (int)strcspn(name, ","), name);
@@ -11956,7 +12573,7 @@ static void dot__list_slot(dot__list *list, dot_optimizer *opt, dot__slot *slot)
         char name[DOT_MAX_NAME];
         if (!t) continue;
         const dot__parameter *p = slot->parameter;
-        bool whole = t->dtype != DOT_U8 && (!opt->factored || i == 2);  /* one value for each of the parameter's: in its shape */
+        bool whole = t->dtype != DOT_U8 && t->size == slot->tensor->size && (!opt->factored || i == 2);  /* one value for each of the parameter's: in its shape */
         dot__list_add(list, slot->name, dot__state_name(opt, slot, i, name), t->dtype, whole ? p->rank : 1, whole ? p->shape : &t->size,
                       whole ? &p->layout : NULL, t->size, dot__at(t, list->lane), t);
     }

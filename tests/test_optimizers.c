@@ -86,6 +86,29 @@ static dot_layer *probe_layer(dot_context *ctx, const settings *s, dot_tensor *t
     return layer;
 }
 
+/* The curvature of step t: gradients of another stream, for the parameters that have one in that step. */
+static void give_curvature(dot_context *ctx, const settings *s, dot_tensor *tensors[TENSORS], dot_optimizer *optimizer, int t)
+{
+    settings plain = *s;
+    dot_tensor *loss = NULL;
+    snprintf(plain.stream, sizeof plain.stream, "plain");
+    dot_step_begin(ctx);
+    for (int p = 0; p < TENSORS; ++p) {
+        double wide[LARGEST];
+        float narrow[LARGEST];
+        bool single = dot_tensor_dtype(tensors[p]) == DOT_F32;
+        for (int64_t i = 0; i < probe[p].count; ++i)
+            narrow[i] = (float)(wide[i] = gradient(&plain, p, (uint32_t)i, 5000 + t));
+        if (!has_gradient(s, p, t))
+            continue;
+        dot_tensor *g = dot_input(ctx, single ? DOT_F32 : DOT_F64, probe[p].rank, probe[p].shape,
+                                  single ? (const void *)narrow : (const void *)wide);
+        dot_tensor *term = dot_sum(dot_mul(tensors[p], g), DOT_ALL_AXES, false);
+        loss = loss ? dot_add(loss, term) : term;
+    }
+    require(ctx, dot_backward(loss) && dot_optimizer_curvature(optimizer), "dot_optimizer_curvature");
+}
+
 /* The step's backward pass; `given` receives the gradients as the context's type holds them. */
 static void probe_backward(dot_context *ctx, const settings *s, dot_tensor *tensors[TENSORS], int t, double *given)
 {
@@ -197,6 +220,8 @@ static bool run_trajectory(const char *prefix, const char *name, const settings 
     bool good = true, needs_loss = strstr(dot_algorithm_name(s->optimizer.algorithm), "polyak") ||
                                    strstr(dot_algorithm_name(s->optimizer.algorithm), "momo");
     for (int t = 1, next = 0; t <= RUN && good; ++t) {
+        if (s->curvature_period == 1 || t % 10 == 1)
+            give_curvature(ctx, s, tensors, optimizer, t);
         probe_backward(ctx, s, tensors, t, given);
         good = check_gradients(layer, given, name, t);
         if (s->clip > 0)
