@@ -527,6 +527,12 @@ dot_tensor *dot_cross_entropy_loss(dot_tensor *logits, dot_tensor *labels, doubl
     X(DOT_CAME, "came", CAME, "Adafactor with confidence", "Luo et al. 2023", o.lr = 2e-4, o.beta3 = 0.9999, o.eps2 = 1e-16) \
     X(DOT_MUON, "muon", MUON, "orthogonalised momentum; vectors by AdamW", "Jordan et al. 2024; torch.optim.Muon", \
       o.lr = 1e-3, o.beta1 = 0.95, o.nesterov = true, o.weight_decay = 0.1, o.eps = 1e-7) \
+    X(DOT_SHAMPOO, "shampoo", SHAMPOO, "preconditioned on both sides; sides above 512 are left out", "Gupta et al. 2018", \
+      o.lr = 0.1, o.beta1 = 0, o.eps = 1e-4) \
+    X(DOT_GALORE, "galore", GALORE, "Adam in a low-rank projection of each gradient", "Zhao et al. 2024", \
+      o.lr = 1e-3, o.rank = 32, o.period = 200) \
+    X(DOT_SCION, "scion", SCION, "steps of fixed norm: spectral for matrices, RMS for vectors", "Pethick et al. 2025", \
+      o.lr = 1e-3, o.eps = 1e-7) \
     X(DOT_SOPHIA_G, "sophia-g", SOPHIA_G, "momentum over clipped Gauss-Newton curvature", "Liu et al. 2023", \
       o.lr = 1e-4, o.beta1 = 0.965, o.beta2 = 0.99, o.weight_decay = 0.1, o.eps = 1e-15) \
     X(DOT_SOPHIA_H, "sophia-h", SOPHIA_H, "momentum over clipped Hutchinson curvature", "Liu et al. 2023; optax.contrib.sophia", \
@@ -565,7 +571,10 @@ bool        dot_algorithm_find(const char *name, dot_algorithm *algorithm);
     X(DOT_HYPER_RHO,             rho,             0.04,  0, 1e30, "Sophia-G: scale of the curvature") \
     X(DOT_HYPER_BATCH,           batch,           1,     1, 1e18, "Sophia-G: examples (times tokens) in a batch") \
     X(DOT_HYPER_POWER,           power,           1,     0, 10,   "AdaHessian: of the curvature's root") \
-    X(DOT_HYPER_NS_STEPS,        ns_steps,        5,     0, 100,  "Muon: Newton-Schulz iterations") \
+    X(DOT_HYPER_NS_STEPS,        ns_steps,        5,     0, 100,  "Muon, Scion: Newton-Schulz iterations") \
+    X(DOT_HYPER_RANK,            rank,            32,    1, 1e6,  "GaLore: rank of the projection") \
+    X(DOT_HYPER_PERIOD,          period,          200,   1, 1e18, "GaLore: steps from one projection to the next") \
+    X(DOT_HYPER_SCALE,           scale,           0.25,  0, 1e30, "GaLore: of the projected step") \
     X(DOT_HYPER_GAMMA,           gamma,           0.01,  0, 1e30, "Sophia-H, MARS: scale; AdaBound: closing speed; noise: its decay") \
     X(DOT_HYPER_ALPHA,           alpha,           1,     0, 1e30, "AdEMAMix, PNM: weight of the other momentum; ASGD: power of lr's decay") \
     X(DOT_HYPER_WARMUP,          warmup,          0,     0, 1e18, "AdEMAMix: steps in which alpha and beta3 grow") \
@@ -631,6 +640,7 @@ typedef enum dot_dialect {
     DOT_DIALECTS
 } dot_dialect;
 const char *dot_dialect_name(dot_dialect dialect);      /* "optax"; NULL when out of range */
+bool        dot_algorithm_has(dot_algorithm algorithm, dot_dialect dialect);
 
 /* How the state is kept between steps; it is float (or double) while a step computes. Elementwise rules only. */
 typedef enum dot_state_precision {
@@ -7068,6 +7078,12 @@ static double dot__half_life_between(double from, double to, double a)
       "exp_avg_sq_row,exp_avg_sq_col,exp_avg,exp_avg_res_row,exp_avg_res_col", dot__came) \
     X(ADAFACTOR, dot__factor_axes_of(f->dialect, p).r, dot__factor_axes_of(f->dialect, p).c, f->beta1 > 0 ? n : 0, 0, 0, \
       "row_var,col_var,exp_avg", dot__adafactor) \
+    X(SHAMPOO, dot__shampoo_size(f, rows, matrix, n), dot__shampoo_size(f, columns, matrix, 0), f->beta1 > 0 ? n : 0, 0, 0, \
+      "left,right,momentum_buffer", dot__shampoo) \
+    X(GALORE, matrix ? dot__galore_rank(f->rank, rows, columns) * dot__min(rows, columns) : 0, \
+      matrix ? dot__galore_rank(f->rank, rows, columns) * dot__max(rows, columns) : n, \
+      matrix ? dot__galore_rank(f->rank, rows, columns) * dot__max(rows, columns) : n, 0, 0, "projection,exp_avg,exp_avg_sq", dot__galore) \
+    X(SCION, n, 0, 0, 0, 0, "momentum_buffer", dot__scion) \
     X(MUON, n, matrix ? 0 : n, 0, 0, 0, "momentum_buffer,exp_avg_sq", dot__muon)
 
 #define DOT__RULE_ENUM(name, states, names, prepare, rule, measure) DOT__RULE_##name,
@@ -7480,6 +7496,13 @@ static bool dot__dialect_ok(dot__rule rule, dot_dialect dialect)
     return dialect == DOT_DIALECT_DEFAULT;
 }
 
+bool dot_algorithm_has(dot_algorithm algorithm, dot_dialect dialect)
+{
+    dot_optimizer_options o = dot_optimizer_defaults(algorithm);
+    o.dialect = dialect;
+    return (unsigned)algorithm < DOT_ALGORITHMS && (unsigned)dialect < DOT_DIALECTS && dot__dialect_ok(dot__rule_of(&o), dialect);
+}
+
 static bool dot__has_curvature(dot__rule rule)
 {
     return rule == DOT__RULE_SOPHIA_G || rule == DOT__RULE_SOPHIA_H || rule == DOT__RULE_ADAHESSIAN;
@@ -7566,6 +7589,16 @@ typedef struct dot__plan { int64_t rows, columns; bool factored; int64_t size[DO
 /* The two axes that an Adafactor dialect factors, and the sizes of R (without `column`) and C (without `row`). */
 typedef struct dot__factor_axes { bool factored; int row, column; int64_t r, c; } dot__factor_axes;
 static dot__factor_axes dot__factor_axes_of(dot_dialect dialect, const dot__parameter *p);
+
+/* Shampoo preconditions sides of up to this size. */
+enum { DOT__SHAMPOO_SIDE = 512 };
+static int64_t dot__shampoo_size(const dot_optimizer_options *f, int64_t side, bool matrix, int64_t otherwise)
+{
+    (void)f;
+    return !matrix ? otherwise : side <= DOT__SHAMPOO_SIDE ? side * side : 0;
+}
+
+static int64_t dot__galore_rank(double rank, int64_t rows, int64_t columns) { return dot__min((int64_t)rank, dot__min(rows, columns)); }
 
 static void dot__matrix_plan(dot__rule rule, const dot_optimizer_options *f, const dot__parameter *p, int64_t size[DOT_MAX_STATES])
 {
@@ -7730,6 +7763,11 @@ bool dot_optimizer_set(dot_optimizer *opt, dot_hyper which, int group, int lane,
 {
     if (!opt || !dot_ok(opt->ctx) || !dot__hyper_index_ok(opt, "dot_optimizer_set", which, group, lane, true)
         || !dot__hyper_ok(opt->ctx, "dot_optimizer_set", which, value)) return false;
+    if (which == DOT_HYPER_RANK && value != opt->options.rank) {
+        dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_optimizer_set: rank %g, expected the %g of the optimizer's creation", value,
+                  opt->options.rank);
+        return false;
+    }
     dot_optimizer_options changed = opt->options;
     changed.beta1 = value;
     if (which == DOT_HYPER_BETA1 && value > 0 && opt->options.beta1 == 0
@@ -8617,6 +8655,104 @@ static void dot__muon(dot__matrix *a)
     for (int64_t i = 0; i < a->n; ++i) a->d[i] *= a->lr * scale;
 }
 
+/* Scion (Pethick et al. 2025), unconstrained: the step that a norm of size lr allows, spectral times sqrt(rows / columns), or RMS. */
+static void dot__scion(dot__matrix *a)
+{
+    dot__mean_into(a->s[0], a->g, a->o->beta1, a->n);
+    memcpy(a->d, a->s[0], (size_t)a->n * sizeof(double));
+    if (a->matrix) dot__orthogonal_direction(a);
+    double scale = a->matrix ? sqrt((double)a->rows / (double)a->columns) : 1 / (dot__norm_of(a->d, a->n) / sqrt((double)a->n) + a->o->eps);
+    for (int64_t i = 0; i < a->n; ++i) a->d[i] *= a->lr * scale;
+}
+
+static void dot__jacobi(double *a, double *b, double *value, int64_t n);
+
+/* out = (sum + eps I)^power, of a symmetric n x n matrix; scratch: 2 n^2 + n. */
+static void dot__matrix_power(const double *sum, double eps, double power, int64_t n, double *out, double *scratch)
+{
+    double *a = scratch, *vectors = a + n * n, *value = vectors + n * n;
+    for (int64_t i = 0; i < n * n; ++i) a[i] = sum[i] + (i % (n + 1) == 0 ? eps : 0);
+    dot__jacobi(a, vectors, value, n);      /* the rows of `vectors` are the eigenvectors */
+    for (int64_t i = 0; i < n * n; ++i) out[i] = 0;
+    for (int64_t k = 0; k < n; ++k) {
+        const double *v = vectors + k * n, scaled = pow(value[k] > eps ? value[k] : eps, power);
+        for (int64_t i = 0; i < n; ++i)
+            for (int64_t j = 0; j < n; ++j) out[i * n + j] += scaled * v[i] * v[j];
+    }
+}
+
+/* Shampoo (Gupta, Koren, Singer 2018, algorithm 1): L += g g', R += g' g, d = L^-1/4 g R^-1/4, or the one side to -1/2; vectors: AdaGrad.
+   s: L (or v) and R without their eps I, momentum. */
+static void dot__shampoo(dot__matrix *a)
+{
+    int64_t rows = a->rows, columns = a->columns, sides[2] = { rows, columns };
+    double *x = a->scratch, *turned = x + a->n, *root = turned + a->n, power = a->s[0] && a->s[1] ? -0.25 : -0.5;
+    memcpy(a->d, a->g, (size_t)a->n * sizeof(double));
+    for (int64_t i = 0; i < a->n && !a->matrix; ++i) {
+        a->s[0][i] += a->g[i] * a->g[i];
+        a->d[i] = a->g[i] / sqrt(a->s[0][i] + a->o->eps);
+    }
+    dot__transpose(a->g, turned, rows, columns);
+    for (int side = 0; side < 2 && a->matrix; ++side) {
+        int64_t n = sides[side];
+        if (!a->s[side]) continue;
+        dot__multiply(side ? turned : a->g, side ? turned : a->g, root, n, a->n / n, n, true);
+        for (int64_t i = 0; i < n * n; ++i) a->s[side][i] += root[i];
+        dot__matrix_power(a->s[side], a->o->eps, power, n, root, root + n * n);
+        if (side) dot__multiply(a->d, root, x, rows, columns, columns, false);
+        else dot__multiply(root, a->d, x, rows, rows, columns, false);
+        memcpy(a->d, x, (size_t)a->n * sizeof(double));
+    }
+    for (int64_t i = 0; i < a->n; ++i) {
+        if (a->s[2]) a->d[i] = a->s[2][i] = a->o->beta1 * a->s[2][i] + a->d[i];
+        a->d[i] *= a->lr;
+    }
+}
+
+/* The `rank` leading eigenvectors of x' x (or x x'), in the rows of p, each with its largest element positive. */
+static void dot__galore_project(dot__matrix *a, int64_t rank, int64_t small, bool tall, double *p, double *scratch)
+{
+    double *gram = scratch, *vectors = gram + small * small, *value = vectors + small * small, *turned = value + small;
+    dot__transpose(a->g, turned, a->rows, a->columns);
+    const double *x = tall ? turned : a->g;
+    dot__multiply(x, x, gram, small, a->n / small, small, true);
+    dot__jacobi(gram, vectors, value, small);
+    for (int64_t k = 0; k < rank; ++k) {
+        int64_t best = 0, largest = 0;
+        for (int64_t i = 1; i < small; ++i) if (value[i] > value[best]) best = i;
+        const double *v = vectors + best * small;
+        for (int64_t i = 1; i < small; ++i) if (fabs(v[i]) > fabs(v[largest])) largest = i;
+        for (int64_t i = 0; i < small; ++i) p[k * small + i] = v[largest] < 0 ? -v[i] : v[i];
+        value[best] = -1;
+    }
+}
+
+/* GaLore (Zhao et al. 2024; its repository's AdamW, decay after the update): s: projection, m, v of the projected gradient. */
+static void dot__galore(dot__matrix *a)
+{
+    const dot__numbers *o = a->o;
+    bool tall = a->rows >= a->columns;
+    int64_t small = dot__min(a->rows, a->columns), large = dot__max(a->rows, a->columns), rank = dot__galore_rank(o->rank, a->rows, a->columns);
+    double *x = a->scratch, rate = a->lr * sqrt(1 - pow(o->beta2, a->t)) / (1 - pow(o->beta1, a->t));
+    a->after = a->keep;
+    a->keep = 1;
+    if (a->matrix && fmod(a->t - 1, o->period) == 0) dot__galore_project(a, rank, small, tall, a->s[0], x + a->n);
+    if (!a->matrix) memcpy(x, a->g, (size_t)a->n * sizeof(double));
+    else if (tall) dot__multiply(a->g, a->s[0], x, large, small, rank, true);
+    else dot__multiply(a->s[0], a->g, x, rank, small, large, false);
+    int64_t n = a->matrix ? rank * large : a->n;
+    dot__mean_into(a->s[1], x, o->beta1, n);
+    dot__mean_square_into(a->s[2], x, o->beta2, n);
+    for (int64_t i = 0; i < n; ++i) x[i] = a->s[1][i] / (sqrt(a->s[2][i]) + o->eps);
+    if (a->matrix && tall) dot__multiply(x, a->s[0], a->d, large, rank, small, false);
+    else if (a->matrix) {
+        double *turned = x + a->n;
+        dot__transpose(a->s[0], turned, rank, small);
+        dot__multiply(turned, x, a->d, small, rank, large, false);
+    } else memcpy(a->d, x, (size_t)a->n * sizeof(double));
+    for (int64_t i = 0; i < a->n; ++i) a->d[i] *= rate * (a->matrix ? o->scale : 1);
+}
+
 /* ---- the step of the rules above ---- */
 
 typedef struct dot__matrix_job { dot_optimizer *opt; double **memory; } dot__matrix_job;
@@ -8635,11 +8771,13 @@ static void dot__matrix_state(const dot__slot *slot, int lane, int i, double *va
         if (out) dot__store(data, t->dtype, j, values[j]); else values[j] = dot__load(data, t->dtype, j);
 }
 
-static int64_t dot__matrix_room(const dot__slot *slot)
+static int64_t dot__matrix_room(const dot__slot *slot, dot__rule rule)
 {
     const dot__parameter *p = slot->parameter;
     int64_t n = slot->tensor->size, rows = p->rank >= 2 ? p->shape[0] : 1, columns = n / rows, room = 3 * n;
     for (int i = 0; i < DOT_MAX_STATES; ++i) room += slot->state[i] ? slot->state[i]->size : 0;
+    int64_t side = dot__max(rows, columns) <= DOT__SHAMPOO_SIDE ? dot__max(rows, columns) : dot__min(rows, columns);
+    room += rule == DOT__RULE_SHAMPOO ? 3 * side * side + side : 0;
     return room + DOT__MATRIX_SCRATCH(dot__min(rows, columns), dot__max(rows, columns), n);
 }
 
@@ -8661,7 +8799,7 @@ static void dot__matrix_piece(void *argument, int lane, int64_t index)
     const dot__parameter *p = slot->parameter;
     dot__scalars h = dot__common_scalars(opt, slot, lane);
     dot__matrix a;
-    double *memory = job->memory[index] + lane * dot__matrix_room(slot);
+    double *memory = job->memory[index] + lane * dot__matrix_room(slot, opt->rule);
     memset(&a, 0, sizeof a);
     a.f = &opt->options;
     a.o = dot__hypers(opt, slot->group, lane);
@@ -8701,7 +8839,7 @@ static bool dot__matrix_step(dot_optimizer *opt)
     job.opt = opt;
     job.memory = (double **)dot__step_alloc(ctx, (size_t)opt->active * sizeof(double *) + 1);
     for (int i = 0; i < opt->active && job.memory; ++i) {
-        size_t room = (size_t)dot__matrix_room(opt->active_slot[i]) * (size_t)ctx->lanes * sizeof(double);
+        size_t room = (size_t)dot__matrix_room(opt->active_slot[i], opt->rule) * (size_t)ctx->lanes * sizeof(double);
         if (!(job.memory[i] = (double *)dot__step_alloc(ctx, room))) return false;
     }
     if (!job.memory) return false;

@@ -56,6 +56,7 @@ typedef struct plan {
     dot_algorithm algorithm;
     dot_decay decay;
     double beta1;                       /* NaN: the algorithm's default */
+    dot_state_precision state;
     int lanes, threads;
     bool portable;
     dot_dtype dtype;
@@ -150,6 +151,7 @@ static void open_session(session *s, const plan *p)
     o.decay_period = steps;
     if (!isnan(p->beta1))
         o.beta1 = p->beta1;
+    o.state = p->state;
     o.groups = &group;
     o.group_count = 1;
     s->optimizer = dot_optimizer_create(s->ctx, s->net, &o);
@@ -316,7 +318,7 @@ static void test_lanes(void **state)
 
 static bool needs_momentum(dot_algorithm a)
 {
-    return a == DOT_NESTEROV || a == DOT_ADABELIEF || a == DOT_ACPROP || a == DOT_SCHEDULE_FREE_SGD || a == DOT_SCHEDULE_FREE_ADAMW;
+    return a == DOT_NESTEROV || a == DOT_MUON || a == DOT_CAME || a == DOT_ADABELIEF || a == DOT_ACPROP || a == DOT_SCHEDULE_FREE_SGD || a == DOT_SCHEDULE_FREE_ADAMW;
 }
 
 /* With and without a first moment, and without clipping. */
@@ -535,6 +537,24 @@ static void test_checkpoint_variants(void **state)
         p.dtype = DOT_F64;
         checkpoints_continue(&p, &p, when, 2);
     }
+}
+
+/* State that is not kept as floats: lanes, threads, and training that goes on from a file. */
+static void test_state_precisions(void **state)
+{
+    static const dot_algorithm algorithms[] = { DOT_ADAM, DOT_RMSPROP, DOT_ADAN, DOT_PRODIGY, DOT_SCHEDULE_FREE_ADAMW };
+    static const int when[2] = { 1, 7 };
+    (void)state;
+    for (int precision = DOT_STATE_BF16; precision <= DOT_STATE_8BIT; ++precision)
+        for (int a = 0; a < (int)(sizeof algorithms / sizeof *algorithms); ++a) {
+            trace traces[LANES];
+            plan p = default_plan(models[a % MODELS], algorithms[a]);
+            p.state = (dot_state_precision)precision;
+            lanes_equal_solo_runs(&p);
+            checkpoints_continue(&p, &p, when, 2);
+            threads_agree(&p, traces);
+            free_traces(traces, p.lanes);
+        }
 }
 
 /* Random state and hyperparameters come from the file, not from the new context. */
@@ -890,8 +910,10 @@ static void test_draws_are_independent(void **state)
             }
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    if (argc > 1)
+        cmocka_set_test_filter(argv[1]);
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_philox_known_answers), cmocka_unit_test(test_uniform_moments),
         cmocka_unit_test(test_normal_moments), cmocka_unit_test(test_uniform_bits),
@@ -904,7 +926,7 @@ int main(void)
         cmocka_unit_test(test_lanes_full_size), cmocka_unit_test(test_lanes_variants),
         cmocka_unit_test(test_lanes_of_one_seed), cmocka_unit_test(test_lanes_each_hyperparameter),
         cmocka_unit_test(test_threads), cmocka_unit_test(test_threads_full_size),
-        cmocka_unit_test(test_checkpoint), cmocka_unit_test(test_checkpoint_variants),
+        cmocka_unit_test(test_checkpoint), cmocka_unit_test(test_checkpoint_variants), cmocka_unit_test(test_state_precisions),
         cmocka_unit_test(test_checkpoint_brings_everything), cmocka_unit_test(test_checkpoint_rewind),
         cmocka_unit_test(test_diverging_lane), cmocka_unit_test(test_stopped_lane),
         cmocka_unit_test(test_all_lanes_stopped),

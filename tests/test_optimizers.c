@@ -20,9 +20,11 @@
 
 #define GOLDEN "tests/golden/training.safetensors"
 #define GOLDEN_OPTIMIZERS "tests/golden/optimizers.safetensors"
+#define GOLDEN_MATRIX "tests/golden/matrix_optimizers.safetensors"
 #include "golden.h"
+#include "nets.h"
 
-static dot_safetensors *training_file, *optimizers_file;
+static dot_safetensors *training_file, *optimizers_file, *matrix_file;
 
 /* ---- trajectories --------------------------------------------------------------------------------------------------- */
 
@@ -157,12 +159,16 @@ static bool check_gradients(dot_layer *layer, const double *given, const char *n
 /* theta against the golden checkpoint. Errors are relative to the largest that an element has been: a sum that passes
    through zero keeps the rounding errors of its past. Denormals have an absolute precision, some roundings of the smallest
    one each step; a momentum of 0.9 keeps each of them for ten steps. */
-/* In float32; wider for the rules whose step is a quotient of sums over all parameters, which carries their rounding everywhere. */
-static double single_bound;
+/* Wider in float32 for the rules whose step is a quotient of sums over all parameters, which carries their rounding everywhere; and for
+   Shampoo, whose matrices have eigenvalues from 1e-4 to 1e6: gradients off by 2^-53 move its float64 run by 6e-11. */
+static double single_bound, double_bound = 1e-12;
 
-static double single_bound_of(dot_algorithm algorithm)
+static void set_bounds(dot_algorithm algorithm)
 {
-    return algorithm == DOT_PRODIGY || algorithm == DOT_DADAPT_ADAM || algorithm == DOT_DOWG ? 2e-5 : 2e-6;
+    bool quotient = algorithm == DOT_PRODIGY || algorithm == DOT_DADAPT_ADAM || algorithm == DOT_DOWG;
+    bool shampoo = algorithm == DOT_SHAMPOO;
+    single_bound = shampoo ? 2e-4 : quotient ? 2e-5 : 2e-6;
+    double_bound = shampoo ? 1e-9 : 1e-12;
 }
 
 static bool check_theta(dot_layer *layer, dot_dtype dtype, const double *expected, double *scale, const char *name, int t,
@@ -181,7 +187,7 @@ static bool check_theta(dot_layer *layer, dot_dtype dtype, const double *expecte
     snprintf(at, sizeof at, " step %d", t);
     bool single = dtype == DOT_F32;
     return agree(join(name, single ? " float32" : " float64", at), ours, expected, scale, ELEMENTS,
-                 single ? single_bound * sqrt(t) : 1e-12, ldexp(20 * (t + 1), single ? -149 : -1074));
+                 single ? single_bound * sqrt(t) : double_bound, ldexp(20 * (t + 1), single ? -149 : -1074));
 }
 
 /* Clips, and checks the norm that is reported. */
@@ -268,6 +274,8 @@ static int run_algorithm(dot_algorithm algorithm, dot_dtype dtype)
     int failures = run_all("trajectory.", golden_text("trajectories"), algorithm, dtype);
     golden_file = optimizers_file;
     failures += run_all("optimizer.", golden_text("optimizers"), algorithm, dtype);
+    golden_file = matrix_file;
+    failures += run_all("optimizer.", golden_text("optimizers"), algorithm, dtype);
     return failures;
 }
 
@@ -275,7 +283,7 @@ static void test_trajectories(void **state)
 {
     dot_algorithm algorithm = (dot_algorithm)(intptr_t)*state;
     const char *name = dot_algorithm_name(algorithm);
-    single_bound = single_bound_of(algorithm);
+    set_bounds(algorithm);
     int failures = run_algorithm(algorithm, DOT_F64) + run_algorithm(algorithm, DOT_F32);
     print_message("# %s: %d runs, worst error %.1e in float64, %.1e in float32\n", name, runs_of[algorithm], worst_error[algorithm][1],
                   worst_error[algorithm][0]);
@@ -285,6 +293,221 @@ static void test_trajectories(void **state)
         fail_msg("%s: %d trajectories failed", name, failures);
 }
 
+/* ---- late steps ------------------------------------------------------------------------------------------------------- */
+
+/* At step 10^6 Adam's bias corrections are 1 to the last bits (0.999^1e6 = 1e-435): from moments that have long settled on a constant
+   gradient g, m = g and v = g^2, the step is lr g / (|g| + eps). The step count comes from a checkpoint. */
+static void test_late_step(void **state)
+{
+    (void)state;
+    static const int64_t shape[1] = { 3 };
+    static const double theta[3] = { 1, -2, 0.5 }, g[3] = { 0.25, -3, 1e-5 };
+    const char *path = scratch_path("late.safetensors");
+    dot_context *ctx = context_of(DOT_F64, 0);
+    dot_layer *layer = dot_nn_custom(ctx, "late", forward_nothing, NULL);
+    dot_tensor *w = dot_layer_add_parameter(layer, "w", DOT_KIND_WEIGHT, 1, shape);
+    dot_optimizer_options o = dot_optimizer_defaults(DOT_ADAM);
+    o.lr = 0.1;
+    dot_optimizer *optimizer = dot_optimizer_create(ctx, layer, &o);
+    for (int64_t step = 1; step <= 1000001; ++step) {
+        dot_step_begin(ctx);
+        dot_tensor *slope = dot_input(ctx, DOT_F64, 1, shape, g);
+        dot_backward(dot_sum(dot_mul(w, slope), DOT_ALL_AXES, false));
+        if (step == 1000000) {
+            require(ctx, dot_checkpoint_save(path, layer, optimizer, step), "save");
+            dot_tensor_set(w, DOT_ALL, theta, 3);
+            require(ctx, dot_checkpoint_load(path, layer, optimizer, NULL), "load");
+            dot_tensor_set(w, DOT_ALL, theta, 3);
+            dot_step_begin(ctx);
+            dot_backward(dot_sum(dot_mul(w, dot_input(ctx, DOT_F64, 1, shape, g)), DOT_ALL_AXES, false));
+            dot_optimizer_step(optimizer, 1);
+            break;
+        }
+        dot_optimizer_step(optimizer, 0);
+    }
+    double ours[3], expected[3];
+    for (int i = 0; i < 3; ++i)
+        expected[i] = theta[i] - 0.1 * g[i] / (fabs(g[i]) + 1e-8);
+    assert_true(dot_tensor_get(w, 0, ours, 3));
+    remove(path);
+    dot_context_destroy(ctx);
+    assert_true(agree("late step", ours, expected, NULL, 3, 1e-12, 0));
+}
+
+/* ---- a rule from outside ------------------------------------------------------------------------------------------------ */
+
+/* RMSprop as a user would write it: against the library's own. */
+static void update_rmsprop(void *user, const dot_rule_range *r)
+{
+    const double *beta = (const double *)user;
+    double *theta = (double *)r->theta, *v = (double *)r->state[0];
+    const double *gradient = (const double *)r->gradient;
+    for (int64_t i = 0; i < r->count; ++i) {
+        double g = r->gradient_scale * gradient[i] + r->l2 * theta[i];
+        v[i] = *beta * v[i] + (1 - *beta) * g * g;
+        theta[i] = r->keep * theta[i] - r->lr * g / (sqrt(v[i]) + 1e-8);
+    }
+}
+
+static void test_custom_rule(void **state)
+{
+    (void)state;
+    double beta = 0.99, first[2][ELEMENTS];
+    dot_rule rule = { "rmsprop-of-mine", 1, update_rmsprop, &beta };
+    settings s;
+    memset(&s, 0, sizeof s);
+    snprintf(s.stream, sizeof s.stream, "plain");
+    for (int own = 0; own < 2; ++own) {
+        dot_tensor *tensors[TENSORS];
+        double given[ELEMENTS];
+        dot_context *ctx = context_of(DOT_F64, 0);
+        dot_layer *layer = probe_layer(ctx, &s, tensors, given);
+        dot_optimizer_options o = dot_optimizer_defaults(own ? DOT_CUSTOM : DOT_RMSPROP);
+        o.lr = 0.01;
+        o.weight_decay = 0.1;
+        o.decay = DOT_DECAY_L2;
+        o.rule = own ? &rule : NULL;
+        dot_optimizer *optimizer = dot_optimizer_create(ctx, layer, &o);
+        require(ctx, optimizer != NULL, "custom rule");
+        for (int t = 1; t <= 50; ++t) {
+            probe_backward(ctx, &s, tensors, t, given);
+            require(ctx, dot_optimizer_step(optimizer, multiplier(t)), "custom rule");
+        }
+        double *next = first[own];
+        for (int p = 0; p < TENSORS; next += probe[p++].count)
+            assert_true(dot_parameter_get(layer, probe[p].name, 0, next, probe[p].count));
+        dot_context_destroy(ctx);
+    }
+    assert_true(agree("a rule of the user's", first[1], first[0], NULL, ELEMENTS, 1e-13, 0));
+}
+
+/* ---- state precision ----------------------------------------------------------------------------------------------------- */
+
+enum { WIDE = 3000 };
+
+/* Adam on a quadratic with noise, sum c (w - target)^2 / 2: the distance to the target at the end. */
+static double distance_after(dot_algorithm algorithm, dot_state_precision precision, double *bytes)
+{
+    static const int64_t shape[1] = { WIDE };
+    static float target[WIDE], noise[WIDE];
+    double sum = 0, values[WIDE];
+    dot_context *ctx = context_of(DOT_F32, 5);
+    dot_layer *layer = dot_nn_custom(ctx, "wide", forward_nothing, NULL);
+    dot_tensor *w = dot_layer_add_parameter(layer, "w", DOT_KIND_WEIGHT, 1, shape);
+    dot_optimizer_options o = dot_optimizer_defaults(algorithm);
+    o.lr = 0.01;
+    o.weight_decay = 0;
+    o.state = precision;
+    size_t planned = dot_optimizer_bytes(layer, &o);
+    dot_optimizer *optimizer = dot_optimizer_create(ctx, layer, &o);
+    require(ctx, optimizer != NULL && dot_optimizer_state_bytes(optimizer) == planned, "state precision");
+    *bytes = (double)planned / WIDE;
+    for (int i = 0; i < WIDE; ++i)
+        target[i] = (float)(2 * uniform(70, (uint32_t)i) - 1);
+    for (int t = 0; t < 600; ++t) {
+        for (int i = 0; i < WIDE; ++i)
+            noise[i] = (float)(0.2 * (uniform(100 + (uint32_t)t, (uint32_t)i) - 0.5));
+        dot_step_begin(ctx);
+        dot_tensor *away = dot_sub(w, dot_input(ctx, DOT_F32, 1, shape, target));
+        dot_tensor *loss = dot_add(dot_mul_scalar(dot_sum(dot_square(away), DOT_ALL_AXES, false), 0.5),
+                                   dot_sum(dot_mul(w, dot_input(ctx, DOT_F32, 1, shape, noise)), DOT_ALL_AXES, false));
+        dot_backward(loss);
+        require(ctx, dot_optimizer_step(optimizer, t < 400 ? 1 : 0.1), "state precision");
+    }
+    assert_true(dot_tensor_get(w, 0, values, WIDE));
+    for (int i = 0; i < WIDE; ++i)
+        sum += (values[i] - (double)target[i]) * (values[i] - (double)target[i]);
+    dot_context_destroy(ctx);
+    return sqrt(sum / WIDE);
+}
+
+/* Each precision costs the bytes that it says, and trains about as well as full precision. */
+static void test_state_precision(void **state)
+{
+    (void)state;
+    static const dot_algorithm algorithms[] = { DOT_MOMENTUM, DOT_ADAM, DOT_LION, DOT_RMSPROP, DOT_ADAN };
+    static const double per_state[] = { 4, 2, 4, 1 + 4.0 / 256 };
+    for (int a = 0; a < COUNT(algorithms); ++a) {
+        double bytes[4], distance[4];
+        for (int p = 0; p < 4; ++p)
+            distance[p] = distance_after(algorithms[a], (dot_state_precision)p, &bytes[p]);
+        print_message("# %s: distance to the minimum %.4f with full state, %.4f bfloat16, %.4f with compensation, %.4f 8-bit\n",
+                      dot_algorithm_name(algorithms[a]), distance[0], distance[1], distance[2], distance[3]);
+        for (int p = 0; p < 4; ++p) {
+            assert_true(fabs(bytes[p] - bytes[0] / 4 * per_state[p]) < 0.01 * bytes[0]);
+            if (!(distance[p] < 1.5 * distance[0] + 0.01))
+                fail_msg("%s with state precision %d: distance %g, full %g", dot_algorithm_name(algorithms[a]), p, distance[p], distance[0]);
+        }
+    }
+}
+
+/* The mean of a constant square in bfloat16: rounding to the nearest would leave v where it is, stochastic rounding does not. */
+static void test_stochastic_rounding(void **state)
+{
+    (void)state;
+    static const int64_t shape[1] = { WIDE };
+    static float g[WIDE];
+    double mean = 0, values[WIDE];
+    const char *path = scratch_path("bf16.safetensors");
+    dot_context *ctx = context_of(DOT_F32, 3);
+    dot_layer *layer = dot_nn_custom(ctx, "wide", forward_nothing, NULL);
+    dot_tensor *w = dot_layer_add_parameter(layer, "w", DOT_KIND_WEIGHT, 1, shape);
+    dot_optimizer_options o = dot_optimizer_defaults(DOT_ADAM);
+    o.state = DOT_STATE_BF16;
+    o.lr = 1;
+    o.beta1 = 0;
+    dot_optimizer *optimizer = dot_optimizer_create(ctx, layer, &o);
+    for (int t = 0; t < 1001; ++t) {            /* g = 1 for one step, then 0: v decays as 0.999^t, and m = 0 */
+        for (int i = 0; i < WIDE; ++i)
+            g[i] = t == 0 || t == 1000 ? 1 : 0;
+        if (t == 1000) {
+            double zero[WIDE] = { 0 };
+            dot_tensor_set(w, DOT_ALL, zero, WIDE);
+        }
+        dot_step_begin(ctx);
+        dot_backward(dot_sum(dot_mul(w, dot_input(ctx, DOT_F32, 1, shape, g)), DOT_ALL_AXES, false));
+        require(ctx, dot_optimizer_step(optimizer, 1), "stochastic rounding");
+    }
+    /* theta = -1 / sqrt(v / (1 - 0.999^1001)), v = 0.001 (0.999^1000 + 1) */
+    assert_true(dot_tensor_get(w, 0, values, WIDE));
+    for (int i = 0; i < WIDE; ++i)
+        mean += 1 / (values[i] * values[i]) / WIDE;
+    double expected = 0.001 * (pow(0.999, 1000) + 1) / (1 - pow(0.999, 1001));
+    dot_context_destroy(ctx);
+    remove(path);
+    if (!(fabs(mean / expected - 1) < 0.01))
+        fail_msg("mean of v is %g, not %g", mean, expected);
+}
+
+/* ---- the table ------------------------------------------------------------------------------------------------------------ */
+
+/* State of a 256 x 256 matrix, in bytes per parameter. */
+static double state_bytes(dot_algorithm algorithm)
+{
+    dot_context *ctx = context_of(DOT_F32, 0);
+    dot_optimizer_options o = dot_optimizer_defaults(algorithm);
+    double bytes = (double)dot_optimizer_bytes(dot_nn_linear_no_bias(ctx, 256, 256), &o) / 65536;
+    dot_context_destroy(ctx);
+    return bytes;
+}
+
+static void print_table(void)
+{
+    printf("| optimizer | | source | dialects | bytes | runs | float64 | float32 |\n|---|---|---|---|---|---|---|---|\n");
+    for (int i = 0; i < DOT_ALGORITHMS; ++i) {
+        dot_algorithm a = (dot_algorithm)i;
+        if (a == DOT_CUSTOM)
+            continue;
+        set_bounds(a);
+        bool good = run_algorithm(a, DOT_F64) + run_algorithm(a, DOT_F32) == 0;
+        printf("| %s | %s | %s | ", dot_algorithm_name(a), dot_algorithm_description(a), dot_algorithm_paper(a));
+        for (int d = 1; d < DOT_DIALECTS; ++d)
+            if (dot_algorithm_has(a, (dot_dialect)d))
+                printf("%s ", dot_dialect_name((dot_dialect)d));
+        printf("| %.3g | %d | %.0e | %.0e |%s\n", state_bytes(a), runs_of[a], worst_error[a][1], worst_error[a][0], good ? "" : " FAILED");
+    }
+}
+
 /* ---- main ------------------------------------------------------------------------------------------------------------- */
 
 static int open_both(void **state)
@@ -292,24 +515,38 @@ static int open_both(void **state)
     int failed = open_golden(state);
     training_file = golden_file;
     optimizers_file = dot_safetensors_open(golden_context, GOLDEN_OPTIMIZERS);
-    if (!optimizers_file)
-        print_error("%s: %s\n", GOLDEN_OPTIMIZERS, dot_error(golden_context));
-    return failed || !optimizers_file ? -1 : 0;
+    matrix_file = dot_safetensors_open(golden_context, GOLDEN_MATRIX);
+    if (!optimizers_file || !matrix_file)
+        print_error("%s or %s: %s\n", GOLDEN_OPTIMIZERS, GOLDEN_MATRIX, dot_error(golden_context));
+    return failed || !optimizers_file || !matrix_file ? -1 : 0;
 }
 
 static int close_both(void **state)
 {
     dot_safetensors_close(optimizers_file);
+    dot_safetensors_close(matrix_file);
     golden_file = training_file;
     return close_golden(state);
 }
 
 int main(int argc, char **argv)
 {
+    if (argc > 1 && strcmp(argv[1], "--table") == 0) {
+        bool failed = open_both(NULL) != 0;
+        if (!failed)
+            print_table();
+        return close_both(NULL) || failed;
+    }
     if (argc > 1)
         cmocka_set_test_filter(argv[1]);
-    static struct CMUnitTest tests[DOT_ALGORITHMS + 16];
+    static const struct CMUnitTest others[] = {
+        cmocka_unit_test(test_late_step), cmocka_unit_test(test_custom_rule), cmocka_unit_test(test_state_precision),
+        cmocka_unit_test(test_stochastic_rounding)
+    };
+    static struct CMUnitTest tests[DOT_ALGORITHMS + COUNT(others)];
     size_t count = 0;
+    for (int i = 0; i < COUNT(others); ++i)
+        tests[count++] = others[i];
     for (int a = 0; a < DOT_ALGORITHMS; ++a)
         if (a != DOT_CUSTOM) {
             struct CMUnitTest test = { dot_algorithm_name((dot_algorithm)a), test_trajectories, NULL, NULL, (void *)(intptr_t)a };
