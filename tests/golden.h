@@ -5,6 +5,11 @@
 
 #define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
 #define FIELD_SIZE 128
+#ifdef __GNUC__
+#define MAYBE_UNUSED __attribute__((unused))
+#else
+#define MAYBE_UNUSED
+#endif
 
 static dot_context *golden_context;
 static dot_safetensors *golden_file;
@@ -114,7 +119,7 @@ static bool agree(const char *what, const double *ours, const double *expected, 
     return worst < 0;
 }
 
-static double largest_relative(const double *a, const double *b, int count)
+MAYBE_UNUSED static double largest_relative(const double *a, const double *b, int count)
 {
     double largest = 0;
     for (int i = 0; i < count; ++i)
@@ -155,7 +160,7 @@ static int64_t shape_count(int rank, const int64_t *shape)
 }
 
 /* Every parameter p uniform in +-gain/sqrt(fan_in), rounded to float; a bias has the fan_in of the weight before it. */
-static void set_parameters(dot_layer *net, uint32_t first_stream, double gain)
+MAYBE_UNUSED static void set_parameters(dot_layer *net, uint32_t first_stream, double gain)
 {
     int64_t fan_in = 1;
     for (int p = 0; p < dot_layer_parameters(net); ++p) {

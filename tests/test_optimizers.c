@@ -479,6 +479,139 @@ static void test_stochastic_rounding(void **state)
         fail_msg("mean of v is %g, not %g", mean, expected);
 }
 
+/* ---- refusals ------------------------------------------------------------------------------------------------------------- */
+
+/* Creating with these options is refused with a sentence that has `word`, and leaves the context as it was. */
+static void refused(dot_context *ctx, dot_layer *layer, const dot_optimizer_options *o, const char *word)
+{
+    assert_null(dot_optimizer_create(ctx, layer, o));
+    assert_int_equal(dot_error_status(ctx), DOT_ERROR_ARGUMENT);
+    if (!strstr(dot_error(ctx), word) || !strstr(dot_error(ctx), "dot_optimizer_create"))
+        fail_msg("'%s' does not say '%s'", dot_error(ctx), word);
+    dot_error_clear(ctx);
+}
+
+static void test_refusals(void **state)
+{
+    (void)state;
+#define RANGE(constant, field, value, least, greatest, meaning) { offsetof(dot_optimizer_options, field), #field, least, greatest },
+    static const struct { size_t offset; const char *name; double least, greatest; } ranges[] = { DOT_HYPERPARAMETERS(RANGE) };
+    dot_context *ctx = context_of(DOT_F32, 0);
+    dot_layer *layer = dot_nn_linear(ctx, 4, 3);
+    dot_optimizer_options o;
+    for (int i = 0; i < COUNT(ranges); ++i) {
+        double bad[3] = { NAN, ranges[i].least - fabs(ranges[i].least) - 1, ranges[i].greatest * 2 + 1 };
+        for (int k = 0; k < 3; ++k) {
+            o = dot_optimizer_defaults(DOT_ADAM);
+            *(double *)(void *)((char *)&o + ranges[i].offset) = bad[k];
+            refused(ctx, layer, &o, ranges[i].name);
+        }
+        assert_string_equal(dot_hyper_name((dot_hyper)i), ranges[i].name);
+    }
+    o = dot_optimizer_defaults(DOT_SGD);
+    o.nesterov = true;
+    refused(ctx, layer, &o, "nesterov");
+    o = dot_optimizer_defaults(DOT_LION);
+    o.dialect = DOT_DIALECT_TF;
+    refused(ctx, layer, &o, "tf");
+    o.dialect = (dot_dialect)99;
+    refused(ctx, layer, &o, "99");
+    o = dot_optimizer_defaults(DOT_MUON);
+    o.state = DOT_STATE_8BIT;
+    refused(ctx, layer, &o, "muon");
+    o = dot_optimizer_defaults(DOT_ADAM);
+    o.state = (dot_state_precision)7;
+    refused(ctx, layer, &o, "state 7");
+    o = dot_optimizer_defaults(DOT_ADAFACTOR);
+    o.cautious = true;
+    refused(ctx, layer, &o, "cautious");
+    o = dot_optimizer_defaults(DOT_CUSTOM);
+    refused(ctx, layer, &o, "rule");
+    o = dot_optimizer_defaults(DOT_SCHEDULE_FREE_ADAMW);
+    o.beta1 = 0;
+    refused(ctx, layer, &o, "beta1");
+    dot_optimizer *polyak = (o = dot_optimizer_defaults(DOT_POLYAK_SGD), dot_optimizer_create(ctx, layer, &o));
+    assert_false(dot_optimizer_step(polyak, 1));
+    assert_int_equal(dot_error_status(ctx), DOT_ERROR_STATE);
+    dot_context_destroy(ctx);
+}
+
+/* ---- schedule-free: where it is evaluated ------------------------------------------------------------------------------------- */
+
+/* x = y + (1 - 1/beta1) (z - y) is the mean of the z so far, with equal weights under a constant rate; and the way back is exact. */
+static void test_averaged_point(void **state)
+{
+    (void)state;
+    static const double start[2] = { 5, -3 };
+    dot_context *ctx = context_of(DOT_F64, 0);
+    dot_layer *layer = dot_nn_custom(ctx, "pair", forward_nothing, NULL);
+    static const int64_t shape[1] = { 2 };
+    dot_tensor *w = dot_layer_add_parameter(layer, "w", DOT_KIND_WEIGHT, 1, shape);
+    dot_tensor_set(w, DOT_ALL, start, 2);
+    dot_optimizer_options o = dot_optimizer_defaults(DOT_SCHEDULE_FREE_SGD);
+    o.lr = 0.1;
+    dot_optimizer *optimizer = dot_optimizer_create(ctx, layer, &o);
+    double z[2] = { 5, -3 }, sum[2] = { 0, 0 }, y[2], x[2], again[2];
+    for (int t = 1; t <= 20; ++t) {
+        assert_true(dot_tensor_get(w, 0, y, 2));
+        dot_step_begin(ctx);
+        dot_backward(dot_mul_scalar(dot_sum(dot_square(w), DOT_ALL_AXES, false), 0.5));
+        require(ctx, dot_optimizer_step(optimizer, 1), "schedule-free");
+        for (int i = 0; i < 2; ++i) {
+            z[i] -= 0.1 * y[i];         /* the gradient of y^2/2 at y */
+            sum[i] += z[i];
+        }
+        assert_true(dot_tensor_get(w, 0, y, 2));
+        require(ctx, dot_optimizer_averaged(optimizer, true), "averaged");
+        assert_true(dot_tensor_get(w, 0, x, 2));
+        double mean[2] = { sum[0] / t, sum[1] / t };
+        assert_true(agree("averaged point", x, mean, NULL, 2, 1e-12, 0));
+        require(ctx, dot_optimizer_averaged(optimizer, false), "averaged");
+        assert_true(dot_tensor_get(w, 0, again, 2));
+        assert_memory_equal(again, y, sizeof y);
+    }
+    require(ctx, dot_optimizer_averaged(optimizer, true), "averaged");
+    assert_false(dot_optimizer_step(optimizer, 1));
+    dot_context_destroy(ctx);
+}
+
+/* ---- Hutchinson ------------------------------------------------------------------------------------------------------------- */
+
+static dot_tensor *diagonal_target;
+static dot_tensor *diagonal_loss(void *user)
+{
+    dot_tensor *w = (dot_tensor *)user;
+    dot_step_begin(dot_tensor_context(w));
+    return dot_mul_scalar(dot_sum(dot_mul(diagonal_target, dot_square(w)), DOT_ALL_AXES, false), 0.5);
+}
+
+/* The loss sum h w^2 / 2 has the diagonal Hessian h, of which z * Hz is exact: AdaHessian's first step is lr g / (h + eps). */
+static void test_hutchinson(void **state)
+{
+    (void)state;
+    static const int64_t shape[1] = { 4 };
+    static const double h[4] = { 1, 10, 0.5, 100 }, start[4] = { 1, -2, 3, 0.1 };
+    dot_context *ctx = context_of(DOT_F64, 9);
+    dot_layer *layer = dot_nn_custom(ctx, "bowl", forward_nothing, NULL);
+    dot_tensor *w = dot_layer_add_parameter(layer, "w", DOT_KIND_WEIGHT, 1, shape);
+    diagonal_target = dot_tensor_create(ctx, DOT_F64, 1, shape);
+    dot_tensor_set(diagonal_target, DOT_ALL, h, 4);
+    dot_tensor_set(w, DOT_ALL, start, 4);
+    dot_optimizer_options o = dot_optimizer_defaults(DOT_ADAHESSIAN);
+    dot_optimizer *optimizer = dot_optimizer_create(ctx, layer, &o);
+    require(ctx, dot_optimizer_hutchinson(optimizer, diagonal_loss, w), "hutchinson");
+    double ours[4], expected[4];
+    assert_true(dot_tensor_get(w, 0, ours, 4));
+    assert_memory_equal(ours, start, sizeof ours);
+    dot_backward(diagonal_loss(w));
+    require(ctx, dot_optimizer_step(optimizer, 1), "adahessian");
+    assert_true(dot_tensor_get(w, 0, ours, 4));
+    for (int i = 0; i < 4; ++i)
+        expected[i] = start[i] - o.lr * h[i] * start[i] / (h[i] + o.eps);
+    dot_context_destroy(ctx);
+    assert_true(agree("hutchinson", ours, expected, NULL, 4, 1e-8, 0));     /* the difference of gradients: about 1e-11 of h */
+}
+
 /* ---- the table ------------------------------------------------------------------------------------------------------------ */
 
 /* State of a 256 x 256 matrix, in bytes per parameter. */
@@ -491,9 +624,19 @@ static double state_bytes(dot_algorithm algorithm)
     return bytes;
 }
 
+/* What the golden numbers of an algorithm were held against, or "formula": transcribed from the paper alone. */
+static const char *reference_of(dot_algorithm algorithm)
+{
+    dot_safetensors *files[] = { optimizers_file, matrix_file };
+    const char *key = join("reference.", dot_algorithm_name(algorithm), ""), *text = NULL;
+    for (int i = 0; i < COUNT(files) && !text; ++i)
+        text = dot_safetensors_metadata(files[i], key);
+    return text ? text : "own reference";
+}
+
 static void print_table(void)
 {
-    printf("| optimizer | | source | dialects | bytes | runs | float64 | float32 |\n|---|---|---|---|---|---|---|---|\n");
+    printf("| optimizer | | source | dialects | state | compared with | runs | float64 | float32 |\n|---|---|---|---|---|---|---|---|---|\n");
     for (int i = 0; i < DOT_ALGORITHMS; ++i) {
         dot_algorithm a = (dot_algorithm)i;
         if (a == DOT_CUSTOM)
@@ -504,7 +647,7 @@ static void print_table(void)
         for (int d = 1; d < DOT_DIALECTS; ++d)
             if (dot_algorithm_has(a, (dot_dialect)d))
                 printf("%s ", dot_dialect_name((dot_dialect)d));
-        printf("| %.3g | %d | %.0e | %.0e |%s\n", state_bytes(a), runs_of[a], worst_error[a][1], worst_error[a][0], good ? "" : " FAILED");
+        printf("| %.3g | %s | %d | %.0e | %.0e |%s\n", state_bytes(a), reference_of(a), runs_of[a], worst_error[a][1], worst_error[a][0], good ? "" : " FAILED");
     }
 }
 
@@ -541,7 +684,8 @@ int main(int argc, char **argv)
         cmocka_set_test_filter(argv[1]);
     static const struct CMUnitTest others[] = {
         cmocka_unit_test(test_late_step), cmocka_unit_test(test_custom_rule), cmocka_unit_test(test_state_precision),
-        cmocka_unit_test(test_stochastic_rounding)
+        cmocka_unit_test(test_stochastic_rounding), cmocka_unit_test(test_refusals), cmocka_unit_test(test_averaged_point),
+        cmocka_unit_test(test_hutchinson)
     };
     static struct CMUnitTest tests[DOT_ALGORITHMS + COUNT(others)];
     size_t count = 0;

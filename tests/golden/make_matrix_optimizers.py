@@ -424,6 +424,8 @@ def main():
         print(f"{name}: moved {np.abs(stored[-1] - first).max():.2g}, largest {np.abs(stored).max():.2g}; "
               f"{', '.join(sources)}", flush=True)
     metadata["optimizers"] = " ".join(key[len("optimizer."):] for key in golden)
+    metadata.update({"reference.shampoo": "pytorch_optimizer", "reference.soap": "pytorch_optimizer",     # see the checks above
+                     "reference.galore": "galore_torch", "reference.scion": "pytorch_optimizer"})
     print(f"{len(golden)} runs, failed: {failed or 'none'}")
     if not prefixes:
         path = HERE / "matrix_optimizers.safetensors"

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -1777,7 +1778,7 @@ def main():
     warnings.filterwarnings("ignore")
     np.seterr(all="ignore")
     torch.set_default_dtype(torch.float64)      # or torch.optim.NAdam keeps its product in float32
-    golden, metadata, failed = {}, {}, []
+    golden, metadata, failed, checked = {}, {}, [], {}
     quick, prefixes = sys.argv[1:] == ["--quick"], tuple(x for x in sys.argv[1:] if x != "--quick")
     chosen = [name for name in RUNS if not prefixes or name.startswith(prefixes)]
     for name in chosen:
@@ -1799,14 +1800,21 @@ def main():
                 continue
             difference = compare(first, stored, trajectory(settings, stepper), stepper.floor)
             sources.append(f"{stepper.source} {difference:.1e}")
+            checked.setdefault(settings["algorithm"], {})[stepper.source] = True
             if not difference < LOOSE.get(name, 1e-12):
                 failed.append(name)
                 sources[-1] += " FAILED"
         print(f"{name}: moved {moved[0]:.2g}, largest {moved[1]:.2g}; {', '.join(sources) or 'no other source'}", flush=True)
     metadata["optimizers"] = " ".join(key[len("optimizer."):] for key in golden)
+    path = HERE / "optimizers.safetensors"
+    for settings in RUNS.values():      # what each algorithm was held against; --quick keeps what a full run found
+        key = "reference." + settings["algorithm"]
+        metadata[key] = ", ".join(checked.get(settings["algorithm"], {"formula": True}))
+    if quick and path.exists():
+        with safe_open(path, "np") as old:
+            metadata.update({key: text for key, text in old.metadata().items() if key.startswith("reference.")})
     print(f"{len(golden)} runs, failed: {failed or 'none'}")
     if not prefixes:
-        path = HERE / "optimizers.safetensors"
         save_file(golden, path, metadata=metadata)
         path.chmod(0o644)
         print(f"{path.name}: {path.stat().st_size} bytes")
