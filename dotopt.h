@@ -49,7 +49,7 @@
      [8 losses]          losses and metrics
      [9 optimizers]      optimizers
      [10 schedules]      learning-rate schedules
-     [11 utilities]      gradient check, norms
+     [11 utilities]      gradient check; clipping, accumulation, averages, Lookahead, SAM, guards, telemetry
      [12 files]          safetensors, checkpoints, datasets
 */
 #ifndef DOTOPT_H
@@ -1091,6 +1091,186 @@ const char *dot_plateau_invalid(const dot_plateau *plateau, char *buffer, size_t
 double dot_gradient_check(dot_context *ctx, dot_loss_function f, void *user, dot_tensor *const *inputs, int count,
                           double step);
 
+/* ---- gradients between dot_backward and dot_optimizer_step ----
+   Each works on the gradients g of all parameters of an optimizer that have one, in place, every lane by itself; they read g once or
+   twice and write it once, where it changes. A unit is what PyTorch's first axis counts: an output feature or channel. Call
+   dot_clip_grad_norm last: its factor is applied in the step. */
+
+/* g = min(max(g, -limit), limit); NaN stays.                                  torch.nn.utils.clip_grad_value_ */
+bool dot_clip_grad_value(dot_optimizer *optimizer, double limit);
+
+/* Each parameter's g /= max(1, RMS(g) / limit), and 1 is the usual limit.     optax.clip_by_block_rms; Shazeer, Stern 2018 */
+bool dot_clip_grad_rms(dot_optimizer *optimizer, double limit);
+
+/* Adaptive: each unit's g *= limit max(|theta|, eps) / |g|, where |g| is not below limit max(|theta|, eps); norms over the unit, of
+   biases and other vectors over the whole. Usual: limit 0.01, eps 1e-3. The paper leaves out the last layer: give `except` its
+   pattern (* and ?), or NULL.                                                 Brock et al. 2021, eq. 2, 3; timm adaptive_clip_grad */
+bool dot_clip_grad_adaptive(dot_optimizer *optimizer, double limit, double eps, const char *except);
+
+/* Centralisation: g -= the mean of its unit; vectors stay.                    Yong et al. 2020, eq. 1 */
+bool dot_centralize_grad(dot_optimizer *optimizer);
+
+/* The gradient of a large batch from several smaller ones: gradients add up over dot_backward calls (also over dot_step_begin), so
+   only the weights are missing. With a mean loss over n_i examples each, sum n_i g_i / sum n_i is the whole batch's gradient,
+   also when the n_i differ. (Batch normalisation still sees the small batches.) No memory, and one pass at the end:
+
+       dot_accumulation a = { 0 };
+       for (i = 0; i < parts; ++i) { dot_step_begin(ctx); ...  dot_backward(dot_accumulate(&a, loss, n_i)); }
+       dot_accumulate_finish(&a, optimizer);                   before clipping; then dot_optimizer_step
+
+   A checkpoint holds no gradients: make it between windows. */
+typedef struct dot_accumulation { double weight; } dot_accumulation;                   /* so far; 0 to begin with */
+dot_tensor *dot_accumulate(dot_accumulation *a, dot_tensor *loss, double weight);      /* weight loss; weight > 0 */
+bool        dot_accumulate_finish(dot_accumulation *a, dot_optimizer *optimizer);      /* g /= the sum of weights, which becomes 0 */
+
+/* ---- objects that remember ----
+   Each can be saved (dot_state_save in [12 files]): training that is saved, loaded and goes on has the same bits. */
+typedef struct dot_state dot_state;
+
+/* Grokfast-EMA: h = alpha h + (1 - alpha) g (first: h = g), g += lambda h.    Lee et al. 2024, alg. 1 and its code (gradfilter_ema)
+   What is not finite does not enter h. One more copy of the parameters; 16 bytes an element of float and step. */
+typedef struct dot_grokfast_options {
+    uint32_t magic;             /* set by dot_grokfast_defaults */
+    double alpha, lambda;       /* 0.98, 2 */
+} dot_grokfast_options;
+typedef struct dot_grokfast dot_grokfast;
+dot_grokfast_options dot_grokfast_defaults(void);
+dot_grokfast *dot_grokfast_create(dot_optimizer *optimizer, const dot_grokfast_options *options);
+bool          dot_grokfast_filter(dot_grokfast *grokfast);
+dot_state    *dot_grokfast_state(dot_grokfast *grokfast);
+
+/* Averages of the weights of a layer, updated after dot_optimizer_step. With n averages taken before, the first being a copy:
+     EMA   a += (1 - d) (theta - a), d = decay; with warmup d = min(decay, 1 - (1 + n/gamma)^-power)       timm ModelEmaV3
+     SWA   a += (theta - a) / (n + 1)                                          Izmailov et al. 2018; torch AveragedModel
+   Buffers are copied from the layer, or averaged too, those of integers excepted (torch: use_buffers). One more copy of the
+   weights. */
+typedef enum dot_average_kind { DOT_AVERAGE_EMA, DOT_AVERAGE_SWA } dot_average_kind;
+typedef struct dot_average_options {
+    uint32_t magic;             /* set by dot_average_defaults */
+    dot_average_kind kind;      /* DOT_AVERAGE_EMA */
+    double decay;               /* 0.999 */
+    bool warmup;                /* false */
+    double gamma, power;        /* 1, 2/3 */
+    int64_t every;              /* 1: every so many calls of dot_average_update an average is taken: at calls k, 2k, ... */
+    bool buffers;               /* false: copied */
+} dot_average_options;
+typedef struct dot_average dot_average;
+dot_average_options dot_average_defaults(void);
+dot_average *dot_average_create(dot_layer *layer, const dot_average_options *options);
+bool         dot_average_update(dot_average *average);
+int64_t      dot_average_count(const dot_average *average);    /* averages taken: n */
+dot_state   *dot_average_state(dot_average *average);
+
+/* Exchanges the averages and the weights in the layer, buffers too, by pointer: to evaluate or save the averaged network. The same
+   call again takes them back, exactly; in between updates and saving the average are refused, and you must not train or make
+   checkpoints. Between steps only. Pointers from dot_tensor_data follow the values. */
+bool dot_average_swap(dot_average *average);
+
+/* Recomputes the running statistics of all batch-normalisation layers below `layer`, e.g. after a swap of averaged weights: their
+   mean over batches 0..batches-1 (cumulative average). `batch` begins with dot_step_begin and runs dot_forward on the batch; it
+   returns false to give up. Then, and after any error, the statistics are as before.     torch.optim.swa_utils.update_bn */
+bool dot_batch_norm_recompute(dot_layer *layer, bool (*batch)(void *user, int64_t index), void *user, int64_t batches);
+
+/* Lookahead around any optimizer: after each k-th step slow += alpha (theta - slow), theta = slow; slow begins as theta at
+   creation. One more copy of the parameters.                                 Zhang et al. 2019, alg. 1 */
+typedef struct dot_lookahead_options {
+    uint32_t magic;             /* set by dot_lookahead_defaults */
+    int64_t k;                  /* 6 */
+    double alpha;               /* 0.5 */
+} dot_lookahead_options;
+typedef struct dot_lookahead dot_lookahead;
+dot_lookahead_options dot_lookahead_defaults(void);
+dot_lookahead *dot_lookahead_create(dot_optimizer *optimizer, const dot_lookahead_options *options);
+bool           dot_lookahead_update(dot_lookahead *lookahead);      /* after every dot_optimizer_step (dot_guard_step) */
+dot_state     *dot_lookahead_state(dot_lookahead *lookahead);
+
+/* Sharpness-aware minimisation: the gradient at the worst point near theta is used at theta, for two backward passes a step:
+
+       dot_backward(loss at theta);  dot_sam_ascend(sam);  dot_step_begin; dot_backward(loss anew);  dot_sam_descend(sam);
+       dot_optimizer_step
+
+   Ascend: theta += rho T^2 g / (|T g| + eps), T = 1, or adaptive (ASAM) |theta| + eta; norm over all parameters. The gradients
+   are then forgotten. Descend puts theta back, exactly, by pointer; buffers too, so that running statistics are those of the first
+   pass. One more copy of the weights.    Foret et al. 2021, eq. 2; Kwon et al. 2021, eq. 4; adaptive with eta 0: davda54/sam */
+typedef struct dot_sam_options {
+    uint32_t magic;             /* set by dot_sam_defaults */
+    double rho;                 /* 0.05 (ASAM's authors: 0.5 to 2) */
+    bool adaptive;              /* false */
+    double eta, eps;            /* 0, 1e-12 */
+} dot_sam_options;
+typedef struct dot_sam dot_sam;
+dot_sam_options dot_sam_defaults(void);
+dot_sam *dot_sam_create(dot_optimizer *optimizer, const dot_sam_options *options);
+bool     dot_sam_ascend(dot_sam *sam);
+bool     dot_sam_descend(dot_sam *sam);
+
+/* A guard steps an optimizer only where all gradients are finite: each lane by itself; a lane that is skipped keeps weights, state and
+   step count as if the step had not been. With a loss scale it is torch.amp.GradScaler: gradients of scale * loss are divided by
+   it; `interval` clean steps in a row multiply it by growth, a skipped one by backoff.
+
+       dot_backward(dot_guard_loss(guard, loss));
+       dot_guard_unscale(guard);           before clipping; if not called, dot_guard_step does it
+       dot_guard_step(guard, multiplier);  in place of dot_optimizer_step
+
+   After max_skips skipped steps in a row a lane is stopped (dot_lane_stop); with the last lane it is an error instead. Costs one pass
+   over the gradients. Once lanes have skipped different steps they are stepped in groups of equal counts. */
+typedef struct dot_guard_options {
+    uint32_t magic;             /* set by the functions below */
+    double scale;               /* 1;      loss scaling: 65536 */
+    double growth, backoff;     /* 1, 1;   loss scaling: 2, 0.5 */
+    int64_t interval;           /* 2000 */
+    int64_t max_skips;          /* 0: no limit */
+} dot_guard_options;
+typedef struct dot_guard dot_guard;
+dot_guard_options dot_guard_defaults(void);
+dot_guard_options dot_guard_loss_scaling(void);
+dot_guard  *dot_guard_create(dot_optimizer *optimizer, const dot_guard_options *options);
+dot_tensor *dot_guard_loss(dot_guard *guard, dot_tensor *loss);
+bool        dot_guard_unscale(dot_guard *guard);
+bool        dot_guard_step(dot_guard *guard, double multiplier);
+double      dot_guard_scale(const dot_guard *guard, int lane);
+int64_t     dot_guard_skips(const dot_guard *guard, int lane);      /* of all steps */
+bool        dot_guard_skipped(const dot_guard *guard, int lane);    /* the latest step */
+dot_state  *dot_guard_state(dot_guard *guard);
+
+/* Outliers of a loss or gradient norm: x lies more than `threshold` deviations above the running mean. Mean and variance are moved
+   by a = max(1/n, 1 - decay): d = x - mean, mean += a d, var = (1 - a) (var + a d^2)          West 1979; Finch 2009, eq. 143
+   so they begin as plain averages. Outliers and what is not finite are not averaged; after `patience` outliers in a row the
+   statistics begin anew. A plain struct: copy or save it whole. */
+typedef struct dot_outlier {
+    uint32_t magic;             /* set by dot_outlier_defaults */
+    double threshold, decay;    /* 4, 0.99 */
+    int64_t warmup, patience;   /* 20: values before the first judgement; 10 */
+    double mean, variance;      /* state from here on */
+    int64_t count, outliers;    /* values averaged; latest outliers in a row */
+    double z;                   /* of the latest value: (x - mean) / deviation */
+} dot_outlier;
+dot_outlier dot_outlier_defaults(void);
+bool        dot_outlier_observe(dot_outlier *outlier, double x);    /* is x an outlier? Not finite: always */
+
+/* Parameter groups with a learning rate for each depth; patterns[0] is nearest the input. False, and no change, when a number is
+   out of range or a pointer NULL.
+     layerwise        lr_i = lr decay^(count - 1 - i)                          Howard, Ruder 2018 (decay 1/2.6); BEiT, timm (0.65 to 0.9)
+     discriminative   lr_i = first (last / first)^(i / (count - 1))            fastai: slice(first, last) */
+bool dot_groups_layerwise(dot_parameter_group *groups, const char *const *patterns, int count, double lr, double decay, double weight_decay);
+bool dot_groups_discriminative(dot_parameter_group *groups, const char *const *patterns, int count, double first, double last,
+                               double weight_decay);
+
+/* What a step does, measured every so many steps: two passes (before: g, first moment and a copy of theta; after: theta and the
+   copy), one more copy of the weights; nothing in the steps between. */
+typedef struct dot_telemetry dot_telemetry;
+typedef struct dot_telemetry_report {
+    int64_t step;               /* the optimizer's steps when it was measured; -1: never */
+    double update_ratio;        /* |change of theta| / |theta before|; about 1e-3 is usual */
+    double cosine;              /* of g and the first moment before the step; NaN for a rule without "exp_avg" or "momentum_buffer"
+                                   in full precision */
+    double clipped;             /* share of all steps that dot_clip_grad_norm made smaller */
+} dot_telemetry_report;
+dot_telemetry *dot_telemetry_create(dot_optimizer *optimizer, int64_t every);
+bool dot_telemetry_before(dot_telemetry *telemetry);        /* after clipping, before the step */
+bool dot_telemetry_after(dot_telemetry *telemetry);
+dot_telemetry_report dot_telemetry_latest(const dot_telemetry *telemetry, int lane);
+
 /* ==== [12 files] =================================================================================== */
 
 /* Weights as safetensors, with PyTorch's names and shapes. Saving writes a temporary file beside `path`, flushes it to the disk
@@ -1105,6 +1285,11 @@ bool dot_load(dot_layer *layer, const char *path);
    is saved and loaded goes on with the same bits. `step` is yours: it is stored and given back. */
 bool dot_checkpoint_save(const char *path, dot_layer *layer, dot_optimizer *optimizer, int64_t step);
 bool dot_checkpoint_load(const char *path, dot_layer *layer, dot_optimizer *optimizer, int64_t *step);
+
+/* The same for an object of [11 utilities]: its copies of the parameters under their names, and its counters. A swapped average
+   is refused. An average has the names of torch's AveragedModel (module.0.weight). */
+bool dot_state_save(const char *path, dot_state *state);
+bool dot_state_load(const char *path, dot_state *state);
 
 /* Any safetensors file. The reader keeps the header in memory and reads tensors on request. */
 typedef struct dot_safetensors dot_safetensors;
@@ -11138,6 +11323,1159 @@ double dot_gradient_check(dot_context *ctx, dot_loss_function f, void *user, dot
     for (int i = 0; i < count; ++i) inputs[i]->has_grad = false;
     return worst;
 }
+
+#define DOT__MAGIC_GROKFAST  0xd07c1101u
+#define DOT__MAGIC_AVERAGE   0xd07c1102u
+#define DOT__MAGIC_LOOKAHEAD 0xd07c1103u
+#define DOT__MAGIC_SAM       0xd07c1104u
+#define DOT__MAGIC_GUARD     0xd07c1105u
+#define DOT__MAGIC_OUTLIER   0xd07c1106u
+
+/* Runs an always-inlined f with a constant type, so that its loops are compiled for it. */
+#define DOT__TYPED(dtype, f, ...) do { if ((dtype) == DOT_F32) f(DOT_F32, __VA_ARGS__); else f(DOT_F64, __VA_ARGS__); } while (0)
+
+#define DOT__TINIEST 1e-300
+#define DOT__HUGE 1e300
+
+static bool dot__magic_ok(dot_context *ctx, const char *function, uint32_t magic, uint32_t expected)
+{
+    if (magic == expected) return true;
+    dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: magic 0x%08x, expected options filled by their _defaults function", function, (unsigned)magic);
+    return false;
+}
+
+static bool dot__count_ok(dot_context *ctx, const char *function, const char *name, int64_t value, int64_t least)
+{
+    if (value >= least) return true;
+    dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: %s " DOT__I64 ", expected " DOT__I64 " or more", function, name, DOT__LL(value), DOT__LL(least));
+    return false;
+}
+
+/* ---- gradients, element by element ---- */
+
+typedef struct dot__grad_job {
+    dot_optimizer *opt;
+    double limit;
+    const double *factor;               /* [lane] */
+    bool *bad;                          /* [lane][piece]: something is not finite */
+} dot__grad_job;
+
+DOT__INLINE void dot__clamp_range(dot_dtype dtype, void *g, int64_t i, int64_t end, double limit)
+{
+    for (; i < end; ++i) {
+        double x = dot__load(g, dtype, i);
+        dot__store(g, dtype, i, x > limit ? limit : x < -limit ? -limit : x);
+    }
+}
+
+static void dot__clamp_piece(void *argument, int lane, int64_t piece)
+{
+    const dot__grad_job *job = (const dot__grad_job *)argument;
+    const dot__slot *slot = dot__slot_of_piece(job->opt, piece);
+    const dot_tensor *g = slot->tensor->grad;
+    int64_t n, i = dot__part(g->size, piece - slot->first_piece, DOT__PIECE, &n);
+    DOT__TYPED(g->dtype, dot__clamp_range, dot__at(g, lane), i, i + n, job->limit);
+}
+
+bool dot_clip_grad_value(dot_optimizer *opt, double limit)
+{
+    if (!opt || !dot_ok(opt->ctx) || !dot__option_ok(opt->ctx, "dot_clip_grad_value", "limit", limit, DOT__TINIEST, DOT__HUGE, false)) return false;
+    dot__grad_job job = { opt, limit, NULL, NULL };
+    dot__select(opt, false, false);
+    dot__parallel(opt->ctx, true, opt->pieces, dot__clamp_piece, &job);
+    return true;
+}
+
+DOT__INLINE void dot__scale_range(dot_dtype dtype, void *g, int64_t i, int64_t end, double factor, bool *bad)
+{
+    double poison = 0;                  /* x * 0 is NaN where x is not finite */
+    if (factor == 1) for (; i < end; ++i) poison += dot__load(g, dtype, i) * 0;
+    for (; i < end; ++i) {
+        double x = dot__load(g, dtype, i);
+        poison += x * 0;
+        dot__store(g, dtype, i, x * factor);
+    }
+    *bad = poison != 0;
+}
+
+static void dot__scale_piece(void *argument, int lane, int64_t piece)
+{
+    const dot__grad_job *job = (const dot__grad_job *)argument;
+    const dot__slot *slot = dot__slot_of_piece(job->opt, piece);
+    const dot_tensor *g = slot->tensor->grad;
+    int64_t n, i = dot__part(g->size, piece - slot->first_piece, DOT__PIECE, &n);
+    DOT__TYPED(g->dtype, dot__scale_range, dot__at(g, lane), i, i + n, job->factor[lane], &job->bad[lane * job->opt->pieces + piece]);
+}
+
+/* g *= factor[lane]; good[lane], unless NULL: were all of the lane's gradients finite? */
+static bool dot__scale_grad(dot_optimizer *opt, const double *factor, bool *good)
+{
+    dot_context *ctx = opt->ctx;
+    dot__mark mark = dot__scratch_begin(ctx);
+    dot__select(opt, false, false);
+    dot__grad_job job = { opt, 0, factor, (bool *)dot__step_alloc(ctx, (size_t)(opt->pieces * ctx->lanes) * sizeof(bool)) };
+    if (!job.bad) return false;
+    dot__parallel(ctx, true, opt->pieces, dot__scale_piece, &job);
+    for (int k = 0; good && k < ctx->active_count; ++k) {
+        int lane = ctx->active[k];
+        good[lane] = true;
+        for (int64_t p = 0; p < opt->pieces; ++p) if (job.bad[lane * opt->pieces + p]) good[lane] = false;
+    }
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+dot_tensor *dot_accumulate(dot_accumulation *a, dot_tensor *loss, double weight)
+{
+    if (!a || !loss || !dot_ok(loss->ctx) || !dot__option_ok(loss->ctx, "dot_accumulate", "weight", weight, DOT__TINIEST, DOT__HUGE, false)) return NULL;
+    dot_tensor *weighted = dot_mul_scalar(loss, weight);
+    if (weighted) a->weight += weight;
+    return weighted;
+}
+
+bool dot_accumulate_finish(dot_accumulation *a, dot_optimizer *opt)
+{
+    if (!a || !opt || !dot_ok(opt->ctx)) return false;
+    dot_context *ctx = opt->ctx;
+    ctx->function = "dot_accumulate_finish";
+    if (!(a->weight > 0) || !dot__finite(a->weight)) {
+        dot__fail(ctx, DOT_ERROR_STATE, "dot_accumulate_finish: sum of weights %g, expected dot_accumulate first", a->weight);
+        return false;
+    }
+    dot__mark mark = dot__scratch_begin(ctx);
+    double *factor = (double *)dot__step_alloc(ctx, (size_t)ctx->lanes * sizeof(double));
+    if (!factor) return false;
+    for (int lane = 0; lane < ctx->lanes; ++lane) factor[lane] = 1 / a->weight;
+    bool ok = dot__scale_grad(opt, factor, NULL);
+    dot__scratch_end(ctx, mark);
+    if (ok) a->weight = 0;
+    return ok;
+}
+
+/* ---- gradients, unit by unit. PyTorch's first axis lies first or last in the stored order (see dot__slot), hence units are rows or
+   columns of a matrix. A piece is a lot of them: columns are gone through side by side. ---- */
+
+#define DOT__LOT 64
+
+typedef struct dot__units { int64_t count, length, next, step, lot; } dot__units;      /* next: to the next unit; step: within one */
+typedef struct dot__change { double factor, shift; } dot__change;   /* g = factor g - shift */
+
+typedef struct dot__unit_job dot__unit_job;
+struct dot__unit_job {
+    dot_optimizer *opt;
+    bool whole, squares, weights;       /* a unit is a whole parameter; g^2 instead of g; theta^2, too */
+    dot__change (*change)(const dot__unit_job *job, const dot__slot *slot, double length, double g, double theta);
+    double limit, eps;
+    const char *except;
+};
+
+static dot__units dot__units_of(const dot__slot *slot, bool whole)
+{
+    const dot__parameter *p = slot->parameter;
+    dot__units u = { 1, slot->tensor->size, 0, 1, 1 };
+    if (whole || p->rank < 2) return u;
+    bool columns = p->layout.axis[0] != 0;
+    u.count = p->shape[0];
+    u.length = slot->tensor->size / u.count;
+    u.next = columns ? 1 : u.length;
+    u.step = columns ? u.count : 1;
+    u.lot = columns ? DOT__LOT : dot__max(1, dot__min(DOT__LOT, DOT__PIECE / u.length));
+    return u;
+}
+
+DOT__INLINE void dot__lot_sum(dot_dtype dtype, const void *data, const dot__units *u, int64_t first, int64_t n, bool squares, double *sum)
+{
+    for (int64_t k = 0; k < n; ++k) sum[k] = 0;
+    for (int64_t e = 0, at = first * u->next; e < u->length; ++e, at += u->step)
+        for (int64_t k = 0; k < n; ++k) {
+            double x = dot__load(data, dtype, at + k * u->next);
+            sum[k] += squares ? x * x : x;
+        }
+}
+
+DOT__INLINE void dot__lot_change(dot_dtype dtype, void *data, const dot__units *u, int64_t first, int64_t n, const dot__change *c)
+{
+    for (int64_t e = 0, at = first * u->next; e < u->length; ++e, at += u->step)
+        for (int64_t k = 0; k < n; ++k) {
+            int64_t i = at + k * u->next;
+            if (c[k].factor != 1 || c[k].shift != 0) dot__store(data, dtype, i, c[k].factor * dot__load(data, dtype, i) - c[k].shift);
+        }
+}
+
+static void dot__unit_piece(void *argument, int lane, int64_t piece)
+{
+    const dot__unit_job *job = (const dot__unit_job *)argument;
+    const dot__slot *slot = dot__slot_of_piece(job->opt, piece);
+    const dot_tensor *w = slot->tensor;
+    dot__units u = dot__units_of(slot, job->whole);
+    double g[DOT__LOT], theta[DOT__LOT] = { 0 };
+    dot__change c[DOT__LOT];
+    bool changed = false;
+    int64_t n, first = dot__part(u.count, piece - slot->first_piece, u.lot, &n);
+    DOT__TYPED(w->dtype, dot__lot_sum, dot__at(w->grad, lane), &u, first, n, job->squares, g);
+    if (job->weights) DOT__TYPED(w->dtype, dot__lot_sum, dot__at(w, lane), &u, first, n, true, theta);
+    for (int64_t k = 0; k < n; ++k) {
+        c[k] = job->change(job, slot, (double)u.length, g[k], theta[k]);
+        if (c[k].factor != 1 || c[k].shift != 0) changed = true;
+    }
+    if (changed) DOT__TYPED(w->dtype, dot__lot_change, dot__at(w->grad, lane), &u, first, n, c);
+}
+
+static bool dot__unit_run(dot__unit_job *job)
+{
+    dot_optimizer *opt = job->opt;
+    dot__select(opt, false, false);
+    opt->pieces = 0;
+    for (int i = 0; i < opt->active; ++i) {
+        dot__slot *slot = opt->active_slot[i];
+        dot__units u = dot__units_of(slot, job->whole);
+        slot->first_piece = opt->pieces;
+        opt->pieces += dot__ceil_div(u.count, u.lot);
+    }
+    dot__parallel(opt->ctx, true, opt->pieces, dot__unit_piece, job);
+    return true;
+}
+
+static dot__change dot__change_rms(const dot__unit_job *job, const dot__slot *slot, double length, double g, double theta)
+{
+    dot__change c = { 1, 0 };
+    double ratio = sqrt(g / length) / job->limit;
+    (void)slot;
+    (void)theta;
+    if (ratio > 1) c.factor = 1 / ratio;
+    return c;
+}
+
+static dot__change dot__change_adaptive(const dot__unit_job *job, const dot__slot *slot, double length, double g, double theta)
+{
+    dot__change c = { 1, 0 };
+    double norm = sqrt(g), weight = sqrt(theta), most = job->limit * (weight > job->eps ? weight : job->eps);
+    (void)length;
+    if (norm >= most && norm > 0 && !(job->except && dot__matches(job->except, slot->name))) c.factor = most / norm;
+    return c;
+}
+
+static dot__change dot__change_centralize(const dot__unit_job *job, const dot__slot *slot, double length, double g, double theta)
+{
+    dot__change c = { 1, 0 };
+    (void)job;
+    (void)theta;
+    if (slot->parameter->rank >= 2) c.shift = g / length;
+    return c;
+}
+
+bool dot_clip_grad_rms(dot_optimizer *opt, double limit)
+{
+    if (!opt || !dot_ok(opt->ctx) || !dot__option_ok(opt->ctx, "dot_clip_grad_rms", "limit", limit, DOT__TINIEST, DOT__HUGE, false)) return false;
+    dot__unit_job job = { opt, true, true, false, dot__change_rms, limit, 0, NULL };
+    return dot__unit_run(&job);
+}
+
+bool dot_clip_grad_adaptive(dot_optimizer *opt, double limit, double eps, const char *except)
+{
+    static const char *const f = "dot_clip_grad_adaptive";
+    if (!opt || !dot_ok(opt->ctx) || !dot__option_ok(opt->ctx, f, "limit", limit, DOT__TINIEST, DOT__HUGE, false)
+        || !dot__option_ok(opt->ctx, f, "eps", eps, 0, DOT__HUGE, false)) return false;
+    dot__unit_job job = { opt, false, true, true, dot__change_adaptive, limit, eps, except };
+    return dot__unit_run(&job);
+}
+
+bool dot_centralize_grad(dot_optimizer *opt)
+{
+    if (!opt || !dot_ok(opt->ctx)) return false;
+    dot__unit_job job = { opt, false, false, false, dot__change_centralize, 0, 0, NULL };
+    return dot__unit_run(&job);
+}
+
+/* ---- objects that remember: a copy of each parameter of a layer, counters, numbers ---- */
+
+typedef struct dot__kept {
+    dot__parameter *parameter;
+    dot_tensor *tensor, *copy;
+    char name[DOT_MAX_NAME];
+    int64_t first_piece;
+} dot__kept;
+
+struct dot_state {
+    dot_context *ctx;
+    dot_layer *layer;                   /* NULL: no copies */
+    const char *label;                  /* of the copies in files */
+    bool buffers;                       /* copies of buffers, too */
+    bool away;                          /* the layer has the copies, and the copies have its values */
+    int count;
+    dot__kept *kept;
+    int64_t pieces;
+    int64_t counters, numbers;
+    int64_t *counter;                   /* its own, */
+    double *number;
+};
+
+static bool dot__state_visit(void *user, const char *name, dot__parameter *p)
+{
+    dot_state *s = (dot_state *)user;
+    if (!s->buffers && !dot__trainable(p)) return true;
+    dot__kept *kept = &s->kept[s->count];
+    kept->parameter = p;
+    kept->tensor = p->tensor;
+    kept->first_piece = s->pieces;
+    memcpy(kept->name, name, strlen(name) + 1);
+    kept->copy = dot__persistent_tensor(s->ctx, p->tensor->dtype, p->tensor->rank, p->tensor->shape, p->tensor->size);
+    if (!kept->copy) return false;
+    s->pieces += dot__ceil_div(p->tensor->size, DOT__PIECE);
+    s->count++;
+    return true;
+}
+
+/* The memory of an object, in front of which `s` stands. On failure it goes. */
+static bool dot__state_open(dot_state *s, dot_layer *layer, bool buffers, const char *label, int64_t counters, int64_t numbers)
+{
+    s->label = label;
+    s->buffers = buffers;
+    s->layer = layer;
+    s->counters = counters;
+    s->numbers = numbers;
+    s->kept = (dot__kept *)dot__new(s->ctx, (size_t)dot_layer_parameters(layer) * sizeof(dot__kept));
+    s->counter = s->kept ? (int64_t *)dot__new(s->ctx, (size_t)counters * sizeof(int64_t)) : NULL;
+    s->number = s->counter ? (double *)dot__new(s->ctx, (size_t)numbers * sizeof(double)) : NULL;
+    if (s->number && (!layer || dot__visit(layer, "", dot__state_visit, s))) return true;
+    for (int i = 0; i < s->count; ++i) {
+        dot__delete(s->ctx, s->kept[i].copy->data);
+        dot__delete(s->ctx, s->kept[i].copy);
+    }
+    dot__delete(s->ctx, s->kept);
+    dot__delete(s->ctx, s->counter);
+    dot__delete(s->ctx, s->number);
+    dot__delete(s->ctx, s);
+    return false;
+}
+
+static void *dot__state_new(dot_context *ctx, size_t bytes)
+{
+    dot_state *s = (dot_state *)dot__new(ctx, bytes);
+    if (s) s->ctx = ctx;
+    return s;
+}
+
+/* A pass over the copies, by pieces; it may add up sums, of each lane. */
+#define DOT__PASS_SUMS 4
+typedef struct dot__pass dot__pass;
+typedef struct dot__stretch { const dot__kept *kept; int lane; int64_t first, end; double *sum; } dot__stretch;
+struct dot__pass {
+    dot_state *state;
+    void (*range)(const dot__pass *pass, const dot__stretch *r);
+    double *sums;                       /* [lane][piece][DOT__PASS_SUMS], or NULL */
+    double a;
+    bool flag;
+    const double *by_lane;
+    void *user;
+};
+
+static void dot__pass_piece(void *argument, int lane, int64_t piece)
+{
+    const dot__pass *pass = (const dot__pass *)argument;
+    const dot_state *s = pass->state;
+    int low = 0, high = s->count - 1;
+    while (low < high) {
+        int middle = (low + high + 1) / 2;
+        if (s->kept[middle].first_piece <= piece) low = middle; else high = middle - 1;
+    }
+    dot__stretch r;
+    int64_t n;
+    r.kept = &s->kept[low];
+    r.lane = lane;
+    r.first = dot__part(r.kept->tensor->size, piece - r.kept->first_piece, DOT__PIECE, &n);
+    r.end = r.first + n;
+    r.sum = pass->sums ? pass->sums + (lane * s->pieces + piece) * DOT__PASS_SUMS : NULL;
+    for (int k = 0; k < DOT__PASS_SUMS && r.sum; ++k) r.sum[k] = 0;
+    pass->range(pass, &r);
+}
+
+static dot__pass dot__pass_of(dot_state *s, void (*range)(const dot__pass *, const dot__stretch *))
+{
+    dot__pass pass;
+    memset(&pass, 0, sizeof pass);
+    pass.state = s;
+    pass.range = range;
+    return pass;
+}
+
+/* Runs it; total[lane][DOT__PASS_SUMS], unless NULL: the sums of the active lanes, added up in order. */
+static bool dot__pass_run(dot__pass *pass, double *total)
+{
+    dot_state *s = pass->state;
+    dot_context *ctx = s->ctx;
+    dot__mark mark = dot__scratch_begin(ctx);
+    if (total && !(pass->sums = (double *)dot__step_alloc(ctx, (size_t)(s->pieces * ctx->lanes) * DOT__PASS_SUMS * sizeof(double)))) return false;
+    dot__parallel(ctx, true, s->pieces, dot__pass_piece, pass);
+    for (int k = 0; total && k < ctx->active_count; ++k) {
+        int lane = ctx->active[k];
+        double *sum = total + lane * DOT__PASS_SUMS;
+        for (int j = 0; j < DOT__PASS_SUMS; ++j) sum[j] = 0;
+        for (int64_t p = 0; p < s->pieces; ++p)
+            for (int j = 0; j < DOT__PASS_SUMS; ++j) sum[j] += pass->sums[(lane * s->pieces + p) * DOT__PASS_SUMS + j];
+    }
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+static void dot__range_copy(const dot_tensor *to, const dot_tensor *from, const dot__stretch *r)
+{
+    size_t size = dot_dtype_size(to->dtype), first = (size_t)r->first * size;
+    memcpy((char *)dot__at(to, r->lane) + first, (char *)dot__at(from, r->lane) + first, (size_t)(r->end - r->first) * size);
+}
+
+/* The layer's values and the copies change places. */
+static void dot__state_swap(dot_state *s)
+{
+    for (int i = 0; i < s->count; ++i) {
+        char *data = s->kept[i].tensor->data;
+        s->kept[i].tensor->data = s->kept[i].copy->data;
+        s->kept[i].copy->data = data;
+    }
+    s->away = !s->away;
+}
+
+static bool dot__state_here(const dot_state *s, const char *function)
+{
+    if (!dot_ok(s->ctx)) return false;
+    s->ctx->function = function;
+    if (s->away) dot__fail(s->ctx, DOT_ERROR_STATE, "%s: the layer and the %s object have changed places, expected them back first", function, s->label);
+    return !s->away;
+}
+
+/* y += a (x - y) */
+DOT__INLINE void dot__lerp_range(dot_dtype dtype, double a, const void *x, void *y, int64_t i, int64_t end)
+{
+    for (; i < end; ++i) {
+        double old = dot__load(y, dtype, i);
+        dot__store(y, dtype, i, old + a * (dot__load(x, dtype, i) - old));
+    }
+}
+
+static void dot__range_lerp(const dot_tensor *y, const dot_tensor *x, double a, const dot__stretch *r)
+{
+    DOT__TYPED(y->dtype, dot__lerp_range, a, dot__at(x, r->lane), dot__at(y, r->lane), r->first, r->end);
+}
+
+/* ---- Grokfast ---- */
+
+struct dot_grokfast { dot_state state; dot_optimizer *opt; dot_grokfast_options options; };
+
+dot_grokfast_options dot_grokfast_defaults(void)
+{
+    dot_grokfast_options o = { DOT__MAGIC_GROKFAST, 0.98, 2 };
+    return o;
+}
+
+dot_grokfast *dot_grokfast_create(dot_optimizer *opt, const dot_grokfast_options *options)
+{
+    static const char *const f = "dot_grokfast_create";
+    dot_grokfast_options o = options ? *options : dot_grokfast_defaults();
+    if (!opt || !dot_ok(opt->ctx)) return NULL;
+    opt->ctx->function = f;
+    if (!dot__magic_ok(opt->ctx, f, o.magic, DOT__MAGIC_GROKFAST) || !dot__option_ok(opt->ctx, f, "alpha", o.alpha, 0, 1, true)
+        || !dot__option_ok(opt->ctx, f, "lambda", o.lambda, 0, DOT__HUGE, false)) return NULL;
+    dot_grokfast *g = (dot_grokfast *)dot__state_new(opt->ctx, sizeof *g);
+    if (!g) return NULL;
+    g->opt = opt;
+    g->options = o;
+    return dot__state_open(&g->state, opt->layer, false, "grads", opt->slots, 0) ? g : NULL;
+}
+
+DOT__INLINE void dot__grokfast_range(dot_dtype dtype, double alpha, double lambda, void *h, void *g, int64_t i, int64_t end)
+{
+    for (; i < end; ++i) {
+        double x = dot__load(g, dtype, i);
+        if (dot__finite(x)) dot__store(h, dtype, i, alpha * dot__load(h, dtype, i) + (1 - alpha) * x);
+        dot__store(g, dtype, i, x + lambda * dot__load(h, dtype, i));
+    }
+}
+
+static void dot__grokfast_piece(const dot__pass *pass, const dot__stretch *r)
+{
+    const dot_grokfast *f = (const dot_grokfast *)pass->user;
+    const dot_tensor *g = r->kept->tensor->grad;
+    if (!r->kept->tensor->has_grad) return;
+    double alpha = f->state.counter[r->kept - f->state.kept] > 0 ? f->options.alpha : 0;
+    DOT__TYPED(g->dtype, dot__grokfast_range, alpha, f->options.lambda, dot__at(r->kept->copy, r->lane), dot__at(g, r->lane), r->first, r->end);
+}
+
+bool dot_grokfast_filter(dot_grokfast *f)
+{
+    if (!f || !dot_ok(f->state.ctx)) return false;
+    dot__pass pass = dot__pass_of(&f->state, dot__grokfast_piece);
+    pass.user = f;
+    dot__pass_run(&pass, NULL);
+    for (int i = 0; i < f->state.count; ++i) f->state.counter[i] += f->state.kept[i].tensor->has_grad;
+    return true;
+}
+
+dot_state *dot_grokfast_state(dot_grokfast *f) { return f ? &f->state : NULL; }
+
+/* ---- averages ---- */
+
+struct dot_average { dot_state state; dot_average_options options; };      /* counters: averages taken; calls */
+
+dot_average_options dot_average_defaults(void)
+{
+    dot_average_options o = { DOT__MAGIC_AVERAGE, DOT_AVERAGE_EMA, 0.999, false, 1, 2.0 / 3, 1, false };
+    return o;
+}
+
+dot_average *dot_average_create(dot_layer *layer, const dot_average_options *options)
+{
+    static const char *const f = "dot_average_create";
+    dot_average_options o = options ? *options : dot_average_defaults();
+    if (!layer || !dot_ok(layer->ctx)) return NULL;
+    dot_context *ctx = layer->ctx;
+    ctx->function = f;
+    if (!dot__magic_ok(ctx, f, o.magic, DOT__MAGIC_AVERAGE) || !dot__option_ok(ctx, f, "kind", o.kind, DOT_AVERAGE_EMA, DOT_AVERAGE_SWA, false)
+        || !dot__option_ok(ctx, f, "decay", o.decay, 0, 1, false) || !dot__option_ok(ctx, f, "gamma", o.gamma, DOT__TINIEST, DOT__HUGE, false)
+        || !dot__option_ok(ctx, f, "power", o.power, 0, DOT__HUGE, false) || !dot__count_ok(ctx, f, "every", o.every, 1)) return NULL;
+    dot_average *a = (dot_average *)dot__state_new(ctx, sizeof *a);
+    if (!a) return NULL;
+    a->options = o;
+    return dot__state_open(&a->state, layer, true, "module", 2, 0) ? a : NULL;
+}
+
+static void dot__average_range(const dot__pass *pass, const dot__stretch *r)
+{
+    const dot_average *average = (const dot_average *)pass->user;
+    bool copied = !dot__is_float(r->kept->tensor->dtype) || (!average->options.buffers && r->kept->parameter->kind == DOT_KIND_BUFFER);
+    if (copied || average->state.counter[0] == 0) dot__range_copy(r->kept->copy, r->kept->tensor, r);
+    else dot__range_lerp(r->kept->copy, r->kept->tensor, pass->a, r);
+}
+
+bool dot_average_update(dot_average *average)
+{
+    if (!average || !dot__state_here(&average->state, "dot_average_update")) return false;
+    const dot_average_options *o = &average->options;
+    int64_t *counter = average->state.counter;
+    double n = (double)counter[0], warm = 1 - pow(1 + n / o->gamma, -o->power);
+    if (++counter[1] % o->every != 0) return true;
+    dot__pass pass = dot__pass_of(&average->state, dot__average_range);
+    pass.user = average;
+    pass.a = o->kind == DOT_AVERAGE_SWA ? 1 / (n + 1) : 1 - (o->warmup && warm < o->decay ? warm : o->decay);
+    dot__pass_run(&pass, NULL);
+    counter[0]++;
+    return true;
+}
+
+bool dot_average_swap(dot_average *average)
+{
+    if (!average || !dot_ok(average->state.ctx)) return false;
+    if (average->state.counter[0] == 0) {
+        dot__fail(average->state.ctx, DOT_ERROR_STATE, "dot_average_swap: 0 averages taken, expected dot_average_update first");
+        return false;
+    }
+    dot__state_swap(&average->state);
+    return true;
+}
+
+int64_t    dot_average_count(const dot_average *average) { return average ? average->state.counter[0] : 0; }
+dot_state *dot_average_state(dot_average *average)       { return average ? &average->state : NULL; }
+
+/* ---- statistics of batch normalisation ---- */
+
+/* Of one layer, [lane][mean, variance, count of batches]: as they were, and the cumulative averages. */
+typedef struct dot__statistics { dot_layer *layer; double *old, *average; } dot__statistics;
+
+static int dot__find_batch_norms(dot_layer *layer, dot__statistics *found, int count)
+{
+    if (layer->batches) {
+        if (found) found[count].layer = layer;
+        count++;
+    }
+    for (dot_layer *child = layer->children; child; child = child->next) count = dot__find_batch_norms(child, found, count);
+    return count;
+}
+
+static void dot__statistics_take(void *data, dot_dtype dtype, int64_t i, double *own, double share)    { own[i] = dot__load(data, dtype, i); (void)share; }
+static void dot__statistics_put(void *data, dot_dtype dtype, int64_t i, double *own, double share)     { dot__store(data, dtype, i, own[i]); (void)share; }
+static void dot__statistics_zero(void *data, dot_dtype dtype, int64_t i, double *own, double share)    { dot__store(data, dtype, i, 0); (void)own; (void)share; }
+
+/* The layer's momentum is 0.1: from zero, the running statistics become 0.1 times the batch's. */
+static void dot__statistics_add(void *data, dot_dtype dtype, int64_t i, double *own, double share)
+{
+    own[i] += share * (dot__load(data, dtype, i) * 10 - own[i]);
+}
+
+static void dot__statistics_each(const dot__statistics *s, void (*f)(void *, dot_dtype, int64_t, double *, double), double *values, double share)
+{
+    dot_context *ctx = s->layer->ctx;
+    dot_tensor *const parts[] = { s->layer->mean, s->layer->var, s->layer->batches };
+    int64_t channels = s->layer->mean->size;
+    for (int k = 0; k < ctx->active_count; ++k) {
+        double *own = values + ctx->active[k] * (2 * channels + 1);
+        for (int part = 0; part < 3; own += parts[part++]->size)
+            for (int64_t i = 0; i < parts[part]->size; ++i) f(dot__at(parts[part], ctx->active[k]), parts[part]->dtype, i, own, share);
+    }
+}
+
+static bool dot__statistics_run(dot__statistics *found, int count, bool (*batch)(void *, int64_t), void *user, int64_t batches)
+{
+    for (int64_t b = 0; b < batches; ++b) {
+        for (int i = 0; i < count; ++i) dot__statistics_each(&found[i], dot__statistics_zero, found[i].average, 0);
+        if (!batch(user, b) || (count > 0 && !dot_ok(found->layer->ctx))) return false;
+        for (int i = 0; i < count; ++i) dot__statistics_each(&found[i], dot__statistics_add, found[i].average, 1 / (double)(b + 1));
+    }
+    for (int i = 0; i < count; ++i) {           /* the counts are counts, not averages */
+        dot_context *ctx = found[i].layer->ctx;
+        int64_t row = 2 * found[i].layer->mean->size + 1;
+        for (int k = 0; k < ctx->active_count; ++k) found[i].average[(ctx->active[k] + 1) * row - 1] = (double)batches;
+    }
+    return true;
+}
+
+bool dot_batch_norm_recompute(dot_layer *layer, bool (*batch)(void *user, int64_t index), void *user, int64_t batches)
+{
+    if (!layer || !batch || !dot_ok(layer->ctx) || !dot__count_ok(layer->ctx, "dot_batch_norm_recompute", "batches", batches, 1)) return false;
+    dot_context *ctx = layer->ctx;
+    ctx->function = "dot_batch_norm_recompute";
+    int count = dot__find_batch_norms(layer, NULL, 0), ready = 0;
+    uint64_t step = ctx->step;                  /* training goes on with the same random numbers */
+    dot__statistics *found = (dot__statistics *)dot__new(ctx, (size_t)count * sizeof *found);
+    if (!found) return false;
+    dot__find_batch_norms(layer, found, 0);
+    for (; ready < count; ++ready) {
+        dot__statistics *s = &found[ready];
+        size_t bytes = (2 * (size_t)s->layer->mean->size + 1) * (size_t)ctx->lanes * sizeof(double);
+        if (!(s->old = (double *)dot__new(ctx, bytes)) || !(s->average = (double *)dot__new(ctx, bytes))) break;
+        dot__statistics_each(s, dot__statistics_take, s->old, 0);
+    }
+    bool ok = ready == count && dot__statistics_run(found, count, batch, user, batches);
+    for (int i = 0; i < count; ++i) {
+        if (i < ready) dot__statistics_each(&found[i], dot__statistics_put, ok ? found[i].average : found[i].old, 0);
+        dot__delete(ctx, found[i].old);
+        dot__delete(ctx, found[i].average);
+    }
+    dot__delete(ctx, found);
+    ctx->step = step;
+    return ok;
+}
+
+/* ---- Lookahead ---- */
+
+struct dot_lookahead { dot_state state; dot_lookahead_options options; };  /* counter: steps */
+
+dot_lookahead_options dot_lookahead_defaults(void)
+{
+    dot_lookahead_options o = { DOT__MAGIC_LOOKAHEAD, 6, 0.5 };
+    return o;
+}
+
+dot_lookahead *dot_lookahead_create(dot_optimizer *opt, const dot_lookahead_options *options)
+{
+    static const char *const f = "dot_lookahead_create";
+    dot_lookahead_options o = options ? *options : dot_lookahead_defaults();
+    if (!opt || !dot_ok(opt->ctx)) return NULL;
+    opt->ctx->function = f;
+    if (!dot__magic_ok(opt->ctx, f, o.magic, DOT__MAGIC_LOOKAHEAD) || !dot__count_ok(opt->ctx, f, "k", o.k, 1)
+        || !dot__option_ok(opt->ctx, f, "alpha", o.alpha, 0, 1, false)) return NULL;
+    dot_lookahead *l = (dot_lookahead *)dot__state_new(opt->ctx, sizeof *l);
+    if (!l) return NULL;
+    l->options = o;
+    if (!dot__state_open(&l->state, opt->layer, false, "slow", 1, 0)) return NULL;
+    for (int i = 0; i < l->state.count; ++i)
+        for (int lane = 0; lane < opt->ctx->lanes; ++lane) {
+            dot__stretch r = { &l->state.kept[i], lane, 0, l->state.kept[i].tensor->size, NULL };
+            dot__range_copy(r.kept->copy, r.kept->tensor, &r);
+        }
+    return l;
+}
+
+static void dot__lookahead_range(const dot__pass *pass, const dot__stretch *r)
+{
+    dot__range_lerp(r->kept->copy, r->kept->tensor, pass->a, r);
+    dot__range_copy(r->kept->tensor, r->kept->copy, r);
+}
+
+bool dot_lookahead_update(dot_lookahead *l)
+{
+    if (!l || !dot_ok(l->state.ctx)) return false;
+    if (++l->state.counter[0] % l->options.k != 0) return true;
+    dot__pass pass = dot__pass_of(&l->state, dot__lookahead_range);
+    pass.a = l->options.alpha;
+    return dot__pass_run(&pass, NULL);
+}
+
+dot_state *dot_lookahead_state(dot_lookahead *l) { return l ? &l->state : NULL; }
+
+/* ---- sharpness-aware minimisation ---- */
+
+struct dot_sam { dot_state state; dot_sam_options options; double *sums, *scale; };
+
+dot_sam_options dot_sam_defaults(void)
+{
+    dot_sam_options o = { DOT__MAGIC_SAM, 0.05, false, 0, 1e-12 };
+    return o;
+}
+
+dot_sam *dot_sam_create(dot_optimizer *opt, const dot_sam_options *options)
+{
+    static const char *const f = "dot_sam_create";
+    dot_sam_options o = options ? *options : dot_sam_defaults();
+    if (!opt || !dot_ok(opt->ctx)) return NULL;
+    opt->ctx->function = f;
+    if (!dot__magic_ok(opt->ctx, f, o.magic, DOT__MAGIC_SAM) || !dot__option_ok(opt->ctx, f, "rho", o.rho, 0, DOT__HUGE, false)
+        || !dot__option_ok(opt->ctx, f, "eta", o.eta, 0, DOT__HUGE, false)
+        || !dot__option_ok(opt->ctx, f, "eps", o.eps, DOT__TINIEST, DOT__HUGE, false)) return NULL;
+    dot_sam *sam = (dot_sam *)dot__state_new(opt->ctx, sizeof *sam);
+    if (!sam) return NULL;
+    sam->options = o;
+    if (!dot__state_open(&sam->state, opt->layer, true, "sam", 0, opt->ctx->lanes * (DOT__PASS_SUMS + 1))) return NULL;
+    sam->sums = sam->state.number;
+    sam->scale = sam->sums + opt->ctx->lanes * DOT__PASS_SUMS;
+    return sam;
+}
+
+DOT__INLINE double dot__sam_size(const dot_sam_options *o, double w) { return o->adaptive ? fabs(w) + o->eta : 1; }
+
+DOT__INLINE void dot__sam_norm_range(dot_dtype dtype, const dot_sam_options *o, const void *w, const void *g, int64_t i, int64_t end, double *sum)
+{
+    for (; i < end; ++i) {
+        double x = dot__sam_size(o, dot__load(w, dtype, i)) * dot__load(g, dtype, i);
+        *sum += x * x;
+    }
+}
+
+DOT__INLINE void dot__sam_move_range(dot_dtype dtype, const dot_sam_options *o, double scale, const void *w, const void *g, void *out, int64_t i, int64_t end)
+{
+    for (; i < end; ++i) {
+        double x = dot__load(w, dtype, i), size = dot__sam_size(o, x);
+        dot__store(out, dtype, i, x + scale * size * size * dot__load(g, dtype, i));
+    }
+}
+
+static void dot__sam_range(const dot__pass *pass, const dot__stretch *r)
+{
+    const dot_sam *sam = (const dot_sam *)pass->user;
+    const dot_tensor *w = r->kept->tensor, *g = w->has_grad ? w->grad : NULL;
+    if (r->sum) {
+        if (g) DOT__TYPED(w->dtype, dot__sam_norm_range, &sam->options, dot__at(w, r->lane), dot__at(g, r->lane), r->first, r->end, r->sum);
+    }
+    else if (!g) dot__range_copy(r->kept->copy, w, r);
+    else DOT__TYPED(w->dtype, dot__sam_move_range, &sam->options, sam->scale[r->lane], dot__at(w, r->lane), dot__at(g, r->lane),
+                    dot__at(r->kept->copy, r->lane), r->first, r->end);
+}
+
+bool dot_sam_ascend(dot_sam *sam)
+{
+    if (!sam || !dot__state_here(&sam->state, "dot_sam_ascend")) return false;
+    dot_context *ctx = sam->state.ctx;
+    dot__pass pass = dot__pass_of(&sam->state, dot__sam_range);
+    pass.user = sam;
+    if (!dot__pass_run(&pass, sam->sums)) return false;
+    for (int lane = 0; lane < ctx->lanes; ++lane)
+        sam->scale[lane] = sam->options.rho / (sqrt(sam->sums[lane * DOT__PASS_SUMS]) + sam->options.eps);
+    pass.sums = NULL;
+    dot__pass_run(&pass, NULL);
+    dot__state_swap(&sam->state);
+    return dot_zero_grad(sam->state.layer);
+}
+
+bool dot_sam_descend(dot_sam *sam)
+{
+    if (!sam) return false;
+    if (sam->state.away) dot__state_swap(&sam->state);          /* also after an error: nothing is lost */
+    else dot__fail(sam->state.ctx, DOT_ERROR_STATE, "dot_sam_descend: the parameters are where they were, expected dot_sam_ascend first");
+    return dot_ok(sam->state.ctx);
+}
+
+/* ---- guard and loss scaling ----
+   Lanes that have skipped different steps have different step counts, of which the optimizer holds the greatest: the guard keeps how
+   far each lane is behind, and steps lanes together that are behind alike. A clock is a parameter's step count or the
+   optimizer's own. */
+
+enum { DOT__CLEAN, DOT__IN_A_ROW, DOT__SKIPS, DOT__SKIPPED, DOT__GUARD_COUNTERS };
+
+struct dot_guard {
+    dot_state state;                    /* counters: [lane][DOT__GUARD_COUNTERS], [lane][clock] behind; numbers: [lane] scale */
+    dot_optimizer *opt;
+    dot_guard_options options;
+    int clocks;
+    int64_t *behind;
+    dot_tensor *scale;
+    bool checked, has_loss;             /* dot_guard_unscale has run */
+    bool *good, *stopped, *done, *had;  /* [lane], [lane], [lane], [slot] */
+    double *factor, *clip;              /* [lane] */
+};
+
+dot_guard_options dot_guard_defaults(void)
+{
+    dot_guard_options o = { DOT__MAGIC_GUARD, 1, 1, 1, 2000, 0 };
+    return o;
+}
+
+dot_guard_options dot_guard_loss_scaling(void)
+{
+    dot_guard_options o = { DOT__MAGIC_GUARD, 65536, 2, 0.5, 2000, 0 };
+    return o;
+}
+
+static bool dot__guard_options_ok(dot_context *ctx, const dot_guard_options *o)
+{
+    static const char *const f = "dot_guard_create";
+    return dot__magic_ok(ctx, f, o->magic, DOT__MAGIC_GUARD) && dot__option_ok(ctx, f, "scale", o->scale, 1e-30, 1e30, false)
+        && dot__option_ok(ctx, f, "growth", o->growth, 1, 1e6, false) && dot__option_ok(ctx, f, "backoff", o->backoff, 1e-6, 1, false)
+        && dot__count_ok(ctx, f, "interval", o->interval, 1) && dot__count_ok(ctx, f, "max_skips", o->max_skips, 0);
+}
+
+dot_guard *dot_guard_create(dot_optimizer *opt, const dot_guard_options *options)
+{
+    dot_guard_options o = options ? *options : dot_guard_defaults();
+    if (!opt || !dot_ok(opt->ctx)) return NULL;
+    dot_context *ctx = opt->ctx;
+    ctx->function = "dot_guard_create";
+    if (!dot__guard_options_ok(ctx, &o)) return NULL;
+    dot_guard *guard = (dot_guard *)dot__state_new(ctx, sizeof *guard);
+    if (!guard) return NULL;
+    size_t lanes = (size_t)ctx->lanes;
+    guard->opt = opt;
+    guard->options = o;
+    guard->clocks = opt->slots + 1;
+    if (!dot__state_open(&guard->state, NULL, false, "guard", ctx->lanes * (DOT__GUARD_COUNTERS + guard->clocks), ctx->lanes)) return NULL;
+    guard->behind = guard->state.counter + lanes * DOT__GUARD_COUNTERS;
+    guard->scale = dot__persistent_tensor(ctx, ctx->dtype, 0, NULL, 1);
+    guard->good = (bool *)dot__new(ctx, (3 * lanes + (size_t)opt->slots) * sizeof(bool));
+    guard->factor = (double *)dot__new(ctx, 2 * lanes * sizeof(double));
+    if (!guard->scale || !guard->good || !guard->factor) return NULL;
+    guard->stopped = guard->good + lanes;
+    guard->done = guard->stopped + lanes;
+    guard->had = guard->done + lanes;
+    guard->clip = guard->factor + lanes;
+    for (int lane = 0; lane < ctx->lanes; ++lane) guard->state.number[lane] = o.scale;
+    return guard;
+}
+
+static int64_t *dot__guard_counter(const dot_guard *guard, int lane, int which) { return &guard->state.counter[lane * DOT__GUARD_COUNTERS + which]; }
+static int64_t *dot__clock(dot_optimizer *opt, int i) { return i < opt->slots ? &opt->slot[i].t : &opt->steps; }
+
+dot_tensor *dot_guard_loss(dot_guard *guard, dot_tensor *loss)
+{
+    if (!guard || !loss || !dot_ok(guard->state.ctx)) return NULL;
+    const dot_guard_options *o = &guard->options;
+    if (o->scale == 1 && o->growth == 1 && o->backoff == 1) return loss;
+    for (int lane = 0; lane < guard->state.ctx->lanes; ++lane) dot__store(dot__at(guard->scale, lane), guard->scale->dtype, 0, guard->state.number[lane]);
+    return dot_mul(loss, guard->scale);
+}
+
+bool dot_guard_unscale(dot_guard *guard)
+{
+    if (!guard || !dot_ok(guard->state.ctx)) return false;
+    dot_context *ctx = guard->state.ctx;
+    ctx->function = "dot_guard_unscale";
+    if (guard->checked) {
+        dot__fail(ctx, DOT_ERROR_STATE, "dot_guard_unscale: called twice in a step, expected dot_guard_step in between");
+        return false;
+    }
+    for (int lane = 0; lane < ctx->lanes; ++lane) {
+        guard->factor[lane] = 1 / guard->state.number[lane];
+        guard->good[lane] = false;
+    }
+    guard->checked = dot__scale_grad(guard->opt, guard->factor, guard->good);
+    return guard->checked;
+}
+
+static void dot__lanes_rebuild(dot_context *ctx)
+{
+    ctx->active_count = 0;
+    for (int lane = 0; lane < ctx->lanes; ++lane) if (!ctx->lane_stopped[lane]) ctx->active[ctx->active_count++] = lane;
+}
+
+/* Before the steps of the groups, and again before each of them: what a step uses up. */
+static void dot__guard_keep(dot_guard *guard, bool back)
+{
+    dot_optimizer *opt = guard->opt;
+    for (int i = 0; i < opt->slots; ++i)
+        if (back) opt->slot[i].tensor->has_grad = guard->had[i]; else guard->had[i] = opt->slot[i].tensor->has_grad;
+    for (int lane = 0; lane < opt->ctx->lanes; ++lane)
+        if (back) opt->clip[lane] = guard->clip[lane]; else guard->clip[lane] = opt->clip[lane];
+    if (back) opt->has_loss = guard->has_loss; else guard->has_loss = opt->has_loss;
+}
+
+/* Steps `lead` and the good lanes that stand at the same clocks. `behind` holds the lanes' clocks themselves meanwhile. */
+static bool dot__guard_group(dot_guard *guard, int lead, double multiplier)
+{
+    dot_optimizer *opt = guard->opt;
+    dot_context *ctx = opt->ctx;
+    const int64_t *clock = guard->behind + lead * guard->clocks;
+    size_t bytes = (size_t)guard->clocks * sizeof(int64_t);
+    for (int lane = 0; lane < ctx->lanes; ++lane) {
+        bool member = !guard->stopped[lane] && guard->good[lane] && memcmp(guard->behind + lane * guard->clocks, clock, bytes) == 0;
+        ctx->lane_stopped[lane] = !member || guard->done[lane];
+    }
+    dot__lanes_rebuild(ctx);
+    for (int i = 0; i < guard->clocks; ++i) *dot__clock(opt, i) = clock[i];
+    dot__guard_keep(guard, true);
+    bool ok = dot_optimizer_step(opt, multiplier);
+    for (int k = 0; k < ctx->active_count; ++k) {
+        guard->done[ctx->active[k]] = true;
+        for (int i = 0; i < guard->clocks; ++i) guard->behind[ctx->active[k] * guard->clocks + i] = *dot__clock(opt, i);
+    }
+    return ok;
+}
+
+static bool dot__guard_groups(dot_guard *guard, double multiplier)
+{
+    dot_optimizer *opt = guard->opt;
+    dot_context *ctx = opt->ctx;
+    bool ok = true;
+    dot__guard_keep(guard, false);
+    for (int lane = 0; lane < ctx->lanes; ++lane) {
+        guard->done[lane] = false;
+        guard->stopped[lane] = ctx->lane_stopped[lane];
+        for (int i = 0; i < guard->clocks; ++i) guard->behind[lane * guard->clocks + i] = *dot__clock(opt, i) - guard->behind[lane * guard->clocks + i];
+    }
+    for (int lane = 0; lane < ctx->lanes && ok; ++lane)
+        if (!guard->stopped[lane] && guard->good[lane] && !guard->done[lane]) ok = dot__guard_group(guard, lane, multiplier);
+    for (int lane = 0; lane < ctx->lanes; ++lane) ctx->lane_stopped[lane] = guard->stopped[lane];
+    dot__lanes_rebuild(ctx);
+    for (int i = 0; i < guard->clocks; ++i) {
+        int64_t latest = 0;
+        for (int k = 0; k < ctx->active_count; ++k) latest = dot__max(latest, guard->behind[ctx->active[k] * guard->clocks + i]);
+        *dot__clock(opt, i) = latest;
+        for (int lane = 0; lane < ctx->lanes; ++lane) guard->behind[lane * guard->clocks + i] = latest - guard->behind[lane * guard->clocks + i];
+    }
+    return ok;
+}
+
+/* The lane's counts and scale after a step; false: it has skipped too often. */
+static bool dot__guard_count(dot_guard *guard, int lane)
+{
+    const dot_guard_options *o = &guard->options;
+    int64_t *c = dot__guard_counter(guard, lane, 0);
+    double *scale = &guard->state.number[lane];
+    c[DOT__SKIPPED] = !guard->good[lane];
+    if (guard->good[lane]) {
+        c[DOT__IN_A_ROW] = 0;
+        if (++c[DOT__CLEAN] < o->interval) return true;
+        c[DOT__CLEAN] = 0;
+        *scale *= o->growth;
+        return true;
+    }
+    c[DOT__CLEAN] = 0;
+    c[DOT__SKIPS]++;
+    *scale *= o->backoff;
+    return ++c[DOT__IN_A_ROW] < o->max_skips || o->max_skips == 0;
+}
+
+bool dot_guard_step(dot_guard *guard, double multiplier)
+{
+    if (!guard || !dot_ok(guard->state.ctx) || (!guard->checked && !dot_guard_unscale(guard))) return false;
+    dot_context *ctx = guard->state.ctx;
+    dot_optimizer *opt = guard->opt;
+    guard->checked = false;
+    if (!dot__step_ok(opt, multiplier) || !dot__guard_groups(guard, multiplier)) return false;
+    opt->has_loss = false;
+    for (int lane = 0; lane < ctx->lanes; ++lane) opt->clip[lane] = 1;
+    dot_zero_grad(opt->layer);
+    for (int lane = 0; lane < ctx->lanes; ++lane) {
+        if (ctx->lane_stopped[lane] || dot__guard_count(guard, lane)) continue;
+        if (ctx->active_count == 1) {
+            dot__fail(ctx, DOT_ERROR_STATE, "dot_guard_step: lane %d skipped " DOT__I64 " steps in a row, expected finite gradients", lane,
+                      DOT__LL(*dot__guard_counter(guard, lane, DOT__IN_A_ROW)));
+            return false;
+        }
+        dot__log(ctx, "dot_guard_step: lane %d is stopped after " DOT__I64 " skipped steps in a row", lane,
+                 DOT__LL(*dot__guard_counter(guard, lane, DOT__IN_A_ROW)));
+        dot_lane_stop(ctx, lane);
+    }
+    return true;
+}
+
+static bool dot__guard_lane_ok(const dot_guard *guard, const char *function, int lane)
+{
+    return guard && dot__lane_ok(guard->state.ctx, function, lane, false);
+}
+
+double dot_guard_scale(const dot_guard *guard, int lane)
+{
+    return dot__guard_lane_ok(guard, "dot_guard_scale", lane) ? guard->state.number[lane] : (double)NAN;
+}
+
+int64_t dot_guard_skips(const dot_guard *guard, int lane)
+{
+    return dot__guard_lane_ok(guard, "dot_guard_skips", lane) ? *dot__guard_counter(guard, lane, DOT__SKIPS) : 0;
+}
+
+bool dot_guard_skipped(const dot_guard *guard, int lane)
+{
+    return dot__guard_lane_ok(guard, "dot_guard_skipped", lane) && *dot__guard_counter(guard, lane, DOT__SKIPPED) != 0;
+}
+
+dot_state *dot_guard_state(dot_guard *guard) { return guard ? &guard->state : NULL; }
+
+/* ---- outliers ---- */
+
+dot_outlier dot_outlier_defaults(void)
+{
+    dot_outlier o = { DOT__MAGIC_OUTLIER, 4, 0.99, 20, 10, 0, 0, 0, 0, 0 };
+    return o;
+}
+
+bool dot_outlier_observe(dot_outlier *o, double x)
+{
+    if (!o || o->magic != DOT__MAGIC_OUTLIER) return false;
+    double deviation = sqrt(o->variance), d = x - o->mean;
+    o->z = !dot__finite(x) ? (double)NAN : d == 0 ? 0 : d / deviation;
+    bool outlier = !dot__finite(x) || (o->count >= o->warmup && o->z > o->threshold);
+    o->outliers = outlier ? o->outliers + 1 : 0;
+    if (outlier && o->outliers > o->patience && dot__finite(x)) {
+        o->count = o->outliers = 0;                             /* this is how things are now */
+        o->variance = o->mean = 0;
+        d = x;
+    }
+    else if (outlier) return true;
+    double share = 1 / (double)++o->count;
+    if (share < 1 - o->decay) share = 1 - o->decay;
+    o->mean += share * d;
+    o->variance = (1 - share) * (o->variance + share * d * d);
+    return outlier;
+}
+
+/* ---- parameter groups ---- */
+
+static bool dot__groups_fill(dot_parameter_group *groups, const char *const *patterns, int count, double first, double factor, double decay)
+{
+    if (!groups || !patterns || count < 1 || !(first >= 0) || !(factor >= 0) || !(decay >= 0)) return false;
+    if (!dot__finite(first) || !dot__finite(factor) || !dot__finite(decay)) return false;
+    for (int i = 0; i < count; ++i) if (!patterns[i]) return false;
+    for (int i = 0; i < count; ++i) {
+        groups[i].pattern = patterns[i];
+        groups[i].kinds = 0;
+        groups[i].lr = first * pow(factor, i);
+        groups[i].weight_decay = decay;
+    }
+    return true;
+}
+
+bool dot_groups_layerwise(dot_parameter_group *groups, const char *const *patterns, int count, double lr, double decay, double weight_decay)
+{
+    if (!(decay > 0)) return false;
+    return dot__groups_fill(groups, patterns, count, lr * pow(decay, count - 1), 1 / decay, weight_decay);
+}
+
+bool dot_groups_discriminative(dot_parameter_group *groups, const char *const *patterns, int count, double first, double last,
+                               double weight_decay)
+{
+    if (!(first > 0) || !(last > 0)) return false;
+    return dot__groups_fill(groups, patterns, count, first, count > 1 ? pow(last / first, 1.0 / (count - 1)) : 1, weight_decay);
+}
+
+/* ---- telemetry ---- */
+
+struct dot_telemetry {
+    dot_state state;
+    dot_optimizer *opt;
+    int64_t every, calls, step;
+    int moment;                         /* which state is the first moment; -1: none */
+    bool measuring;
+    double *sums, *after;               /* [lane][DOT__PASS_SUMS]: theta^2, g^2, m^2, g m; then change^2 */
+    int64_t *clipped;                   /* [lane] */
+};
+
+static int dot__first_moment(const dot_optimizer *opt)
+{
+    if (opt->factored) return 2;
+    const char *names = opt->options.state == DOT_STATE_FULL ? dot__rule_names[opt->rule] : NULL;
+    for (int i = 0; names; ++i) {
+        size_t length = strcspn(names, ",");
+        if ((length == 7 && strncmp(names, "exp_avg", 7) == 0) || (length == 15 && strncmp(names, "momentum_buffer", 15) == 0)) return i;
+        names = names[length] ? names + length + 1 : NULL;
+    }
+    return -1;
+}
+
+dot_telemetry *dot_telemetry_create(dot_optimizer *opt, int64_t every)
+{
+    if (!opt || !dot_ok(opt->ctx) || !dot__count_ok(opt->ctx, "dot_telemetry_create", "every", every, 1)) return NULL;
+    opt->ctx->function = "dot_telemetry_create";
+    dot_telemetry *t = (dot_telemetry *)dot__state_new(opt->ctx, sizeof *t);
+    if (!t) return NULL;
+    t->opt = opt;
+    t->every = every;
+    t->step = -1;
+    t->moment = dot__first_moment(opt);
+    if (!dot__state_open(&t->state, opt->layer, false, "telemetry", opt->ctx->lanes, 2 * opt->ctx->lanes * DOT__PASS_SUMS)) return NULL;
+    t->sums = t->state.number;
+    t->after = t->sums + opt->ctx->lanes * DOT__PASS_SUMS;
+    t->clipped = t->state.counter;
+    return t;
+}
+
+DOT__INLINE void dot__telemetry_sums(dot_dtype dtype, const void *w, const void *g, const void *m, int64_t i, int64_t end, double *sum)
+{
+    for (; i < end; ++i) {
+        double x = dot__load(w, dtype, i), y = g ? dot__load(g, dtype, i) : 0, z = m ? dot__load(m, dtype, i) : 0;
+        sum[0] += x * x;
+        sum[1] += y * y;
+        sum[2] += z * z;
+        sum[3] += y * z;
+    }
+}
+
+DOT__INLINE void dot__telemetry_change(dot_dtype dtype, const void *w, const void *before, int64_t i, int64_t end, double *sum)
+{
+    for (; i < end; ++i) {
+        double x = dot__load(w, dtype, i) - dot__load(before, dtype, i);
+        *sum += x * x;
+    }
+}
+
+static void dot__telemetry_range(const dot__pass *pass, const dot__stretch *r)
+{
+    const dot_telemetry *t = (const dot_telemetry *)pass->user;
+    const dot_tensor *w = r->kept->tensor;
+    if (pass->flag) {
+        DOT__TYPED(w->dtype, dot__telemetry_change, dot__at(w, r->lane), dot__at(r->kept->copy, r->lane), r->first, r->end, r->sum);
+        return;
+    }
+    const dot_tensor *m = t->moment < 0 ? NULL : t->opt->slot[r->kept - t->state.kept].state[t->moment];
+    if (m && (m->size != w->size || m->dtype != w->dtype)) m = NULL;
+    dot__range_copy(r->kept->copy, w, r);
+    DOT__TYPED(w->dtype, dot__telemetry_sums, dot__at(w, r->lane), w->has_grad ? dot__at(w->grad, r->lane) : NULL,
+               m ? dot__at(m, r->lane) : NULL, r->first, r->end, r->sum);
+}
+
+bool dot_telemetry_before(dot_telemetry *t)
+{
+    if (!t || !dot_ok(t->state.ctx)) return false;
+    for (int lane = 0; lane < t->state.ctx->lanes; ++lane) t->clipped[lane] += t->opt->clip[lane] < 1;
+    t->measuring = t->calls++ % t->every == 0;
+    if (!t->measuring) return true;
+    t->state.ctx->function = "dot_telemetry_before";
+    dot__pass pass = dot__pass_of(&t->state, dot__telemetry_range);
+    pass.user = t;
+    return dot__pass_run(&pass, t->sums);
+}
+
+bool dot_telemetry_after(dot_telemetry *t)
+{
+    if (!t || !dot_ok(t->state.ctx)) return false;
+    if (!t->measuring) return true;
+    t->state.ctx->function = "dot_telemetry_after";
+    dot__pass pass = dot__pass_of(&t->state, dot__telemetry_range);
+    pass.user = t;
+    pass.flag = true;
+    t->measuring = false;
+    t->step = t->opt->steps;
+    return dot__pass_run(&pass, t->after);
+}
+
+dot_telemetry_report dot_telemetry_latest(const dot_telemetry *t, int lane)
+{
+    dot_telemetry_report r = { -1, (double)NAN, (double)NAN, 0 };
+    if (!t || !dot__lane_ok(t->state.ctx, "dot_telemetry_latest", lane, false)) return r;
+    const double *sum = t->sums + lane * DOT__PASS_SUMS;
+    r.step = t->step;
+    r.clipped = t->calls > 0 ? (double)t->clipped[lane] / (double)t->calls : 0;
+    if (t->step < 0) return r;
+    r.update_ratio = sqrt(t->after[lane * DOT__PASS_SUMS] / sum[0]);
+    r.cosine = sum[3] / sqrt(sum[1] * sum[2]);
+    return r;
+}
+
 /* ==== [12 files] =================================================================================== */
 
 /* ---- the operating system ---- */
@@ -12849,6 +14187,51 @@ bool dot_checkpoint_load(const char *path, dot_layer *layer, dot_optimizer *opti
     }
     dot__training_end(&t);
     return ok && file;
+}
+
+/* ---- objects of [11 utilities] ---- */
+
+static bool dot__list_state(dot__list *list, void *user)
+{
+    dot_state *s = (dot_state *)user;
+    char prefix[64], of_lane[24];
+    for (list->lane = 0; list->lane < list->ctx->lanes; ++list->lane) {
+        of_lane[0] = 0;
+        if (list->ctx->lanes > 1) snprintf(of_lane, sizeof of_lane, "lane%d.", list->lane);
+        snprintf(prefix, sizeof prefix, "%s%s.", of_lane, s->label);
+        list->prefix = prefix;
+        for (int i = 0; i < s->count; ++i) {
+            const dot__parameter *p = s->kept[i].parameter;
+            dot_tensor *t = s->kept[i].copy;
+            dot__list_add(list, s->kept[i].name, NULL, t->dtype, p->rank, p->shape, &p->layout, t->size, dot__at(t, list->lane), t);
+        }
+    }
+    list->prefix = "";
+    dot__list_add(list, "counters", NULL, DOT_I64, 1, &s->counters, NULL, s->counters, s->counter, NULL);
+    dot__list_add(list, "numbers", NULL, DOT_F64, 1, &s->numbers, NULL, s->numbers, s->number, NULL);
+    return true;
+}
+
+bool dot_state_save(const char *path, dot_state *state)
+{
+    dot__list list;
+    if (!path || !state || !dot__state_here(state, "dot_state_save")) return false;
+    const char *metadata[] = { "format", "dotopt-state", "kind", state->label, NULL };
+    bool ok = dot__list_make(&list, state->ctx, dot__list_state, state) && dot__list_write(&list, "dot_state_save", path, metadata);
+    dot__list_free(&list);
+    return ok;
+}
+
+bool dot_state_load(const char *path, dot_state *state)
+{
+    dot__list list;
+    if (!path || !state || !dot__state_here(state, "dot_state_load")) return false;
+    dot_safetensors *file = dot__st_open(state->ctx, "dot_state_load", path);
+    if (!file) return false;
+    bool ok = dot__list_make(&list, state->ctx, dot__list_state, state) && dot__list_read(&list, "dot_state_load", file, path, false);
+    dot__list_free(&list);
+    dot_safetensors_close(file);
+    return ok;
 }
 
 #endif /* DOTOPT_IMPLEMENTATION */
