@@ -1394,9 +1394,11 @@ dot_tensor *dot_batch_labels(dot_dataset *dataset, int64_t batch, int64_t step);
 #ifdef __GNUC__
 #define DOT__INLINE static inline __attribute__((always_inline, unused))
 #define DOT__PRINTF(text, first) __attribute__((format(printf, text, first)))
+#define DOT__NOINLINE __attribute__((noinline))
 #else
 #define DOT__INLINE static inline
 #define DOT__PRINTF(text, first)
+#define DOT__NOINLINE
 #endif
 
 #if defined(_WIN32) && !defined(__USE_MINGW_ANSI_STDIO)
@@ -7313,11 +7315,14 @@ static void dot__rule_prepare(dot__rule rule, dot__scalars *h, const dot__prepar
 #undef DOT__PREPARE_CASE
 }
 
-/* One pass over n elements: a vector at a time, the rest of fewer through a buffer, so that every element is computed by the same
-   instructions wherever it lies. With `sums` nothing is stored and the measures are added to it instead. */
+/* One pass over n elements, a multiple of a vector's. With `sums` nothing is stored, and the measures of the first `counted` elements are
+   added to it instead. */
 #define DOT__LOAD_SCALAR(name) const T name = (T)h->name; (void)name;
+#define DOT__GET(v, from) memcpy(&v, from + i, sizeof(V));
+#define DOT__PUT(v, to) memcpy(to + i, &v, sizeof(V));
 #define DOT__RULE_FUNCTION(name, states, names, prepare, rule, measure) \
-    RULE_TARGET static void DOT__N(dot__rule_##name)(T *w, const T *gs, T *const *s, int64_t n, const dot__scalars *h, double *sums) \
+    RULE_TARGET static void DOT__N(dot__rule_##name)(T *w, const T *gs, T *const *s, int64_t n, int64_t counted, const dot__scalars *h, \
+                                                     double *sums) \
     { \
         DOT__SCALARS(DOT__LOAD_SCALAR) \
         V zero, one; \
@@ -7325,40 +7330,43 @@ static void dot__rule_prepare(dot__rule rule, dot__scalars *h, const dot__prepar
         one = zero + (T)1; \
         (void)one; \
         for (int64_t i = 0; i < n; i += (int64_t)(sizeof(V) / sizeof(T))) { \
-            size_t bytes = (size_t)dot__min((int64_t)sizeof(V), (n - i) * (int64_t)sizeof(T)); \
-            bool whole = bytes == sizeof(V); \
-            V theta = zero, g = zero, s0 = zero, s1 = zero, s2 = zero, s3 = zero, s4 = zero, d = zero, q0 = zero, q1 = zero, q2 = zero, q3 = zero; \
+            V theta, g, s0 = zero, s1 = zero, s2 = zero, s3 = zero, s4 = zero, d = zero, q0 = zero, q1 = zero, q2 = zero, q3 = zero; \
             DOT__GET(theta, w) DOT__GET(g, gs) \
-            if (s[0]) { DOT__GET(s0, s[0]) } \
-            if (s[1]) { DOT__GET(s1, s[1]) } \
-            if (s[2]) { DOT__GET(s2, s[2]) } \
-            if (s[3]) { DOT__GET(s3, s[3]) } \
-            if (s[4]) { DOT__GET(s4, s[4]) } \
+            if (s[0]) DOT__GET(s0, s[0]) \
+            if (s[1]) DOT__GET(s1, s[1]) \
+            if (s[2]) DOT__GET(s2, s[2]) \
+            if (s[3]) DOT__GET(s3, s[3]) \
+            if (s[4]) DOT__GET(s4, s[4]) \
             g = gradient * g + l2 * theta; \
             rule; \
             if (sums) { \
                 measure \
                 q3 = IF_POSITIVE(d * g, one, zero); \
-                T q[4][sizeof(V) / sizeof(T)]; \
-                memcpy(q[0], &q0, sizeof(V)); memcpy(q[1], &q1, sizeof(V)); memcpy(q[2], &q2, sizeof(V)); memcpy(q[3], &q3, sizeof(V)); \
-                for (int k = 0; k < 4; ++k) \
-                    for (size_t j = 0; j < bytes / sizeof(T); ++j) sums[k] += (double)q[k][j]; \
+                DOT__N(dot__rule_count)(q0, q1, q2, q3, counted - i, sums); \
                 continue; \
             } \
             if (caution > 0) d = IF_POSITIVE(d * g, caution * d, zero); \
             V moved = after * (keep * theta - d); \
             if (cautious_decay > 0) moved = moved - IF_POSITIVE(-(d * theta), zero, cautious_decay * theta); \
             DOT__PUT(moved, w) \
-            if (s[0]) { DOT__PUT(s0, s[0]) } \
-            if (s[1]) { DOT__PUT(s1, s[1]) } \
-            if (s[2]) { DOT__PUT(s2, s[2]) } \
-            if (s[3]) { DOT__PUT(s3, s[3]) } \
-            if (s[4]) { DOT__PUT(s4, s[4]) } \
+            if (s[0]) DOT__PUT(s0, s[0]) \
+            if (s[1]) DOT__PUT(s1, s[1]) \
+            if (s[2]) DOT__PUT(s2, s[2]) \
+            if (s[3]) DOT__PUT(s3, s[3]) \
+            if (s[4]) DOT__PUT(s4, s[4]) \
             (void)q3; \
         } \
     }
-#define DOT__GET(v, from) if (whole) memcpy(&v, from + i, sizeof(V)); else memcpy(&v, from + i, bytes);
-#define DOT__PUT(v, to) if (whole) memcpy(to + i, &v, sizeof(V)); else memcpy(to + i, &v, bytes);
+
+/* The sums of a vector's measures, in double, element after element. */
+#define DOT__COUNT_FUNCTION \
+    RULE_TARGET DOT__NOINLINE static void DOT__N(dot__rule_count)(V q0, V q1, V q2, V q3, int64_t left, double *sums) \
+    { \
+        T q[4][sizeof(V) / sizeof(T)]; \
+        memcpy(q[0], &q0, sizeof(V)); memcpy(q[1], &q1, sizeof(V)); memcpy(q[2], &q2, sizeof(V)); memcpy(q[3], &q3, sizeof(V)); \
+        for (int k = 0; k < 4; ++k) \
+            for (int64_t j = 0; j < (int64_t)(sizeof(V) / sizeof(T)) && j < left; ++j) sums[k] += (double)q[k][j]; \
+    }
 
 #define MAX(x, least) ((x) < (least) ? (T)(least) : (x))        /* NaN stays NaN */
 #define MIN(x, most) ((x) > (most) ? (T)(most) : (x))
@@ -7374,6 +7382,7 @@ static void dot__rule_prepare(dot__rule rule, dot__scalars *h, const dot__prepar
 #define POWER(x, p) ((p) == 1 ? (x) : powf(x, p))
 #define ATAN2(y, x) atan2f(y, x)
 #define ABS(x) fabsf(x)
+DOT__COUNT_FUNCTION
 DOT__RULES(DOT__RULE_FUNCTION)
 #undef T
 #undef V
@@ -7393,6 +7402,7 @@ DOT__RULES(DOT__RULE_FUNCTION)
 #define POWER(x, p) ((p) == 1 ? (x) : pow(x, p))
 #define ATAN2(y, x) atan2(y, x)
 #define ABS(x) fabs(x)
+DOT__COUNT_FUNCTION
 DOT__RULES(DOT__RULE_FUNCTION)
 #undef T
 #undef V
@@ -7431,6 +7441,7 @@ DOT__TARGET_AVX2 static dot__float8 dot__atan8(dot__float8 y, dot__float8 x) { f
 #define IF_POSITIVE(x, then, otherwise) \
     ((V)_mm256_blendv_ps(M(otherwise), M(then), _mm256_cmp_ps(M(x), _mm256_setzero_ps(), _CMP_GT_OQ)))
 #define SIGN(x) (IF_POSITIVE(x, one, zero) - IF_POSITIVE(-(x), one, zero))
+DOT__COUNT_FUNCTION
 DOT__RULES(DOT__RULE_FUNCTION)
 #undef T
 #undef V
@@ -7451,8 +7462,8 @@ DOT__RULES(DOT__RULE_FUNCTION)
 #undef DOT__GET
 #undef DOT__PUT
 
-typedef void (*dot__rule_f32)(float *, const float *, float *const *, int64_t, const dot__scalars *, double *);
-typedef void (*dot__rule_f64)(double *, const double *, double *const *, int64_t, const dot__scalars *, double *);
+typedef void (*dot__rule_f32)(float *, const float *, float *const *, int64_t, int64_t, const dot__scalars *, double *);
+typedef void (*dot__rule_f64)(double *, const double *, double *const *, int64_t, int64_t, const dot__scalars *, double *);
 #define DOT__RULE_ROW_F32(name, states, names, prepare, rule, measure) dot__rule_##name##_f32,
 #define DOT__RULE_ROW_F64(name, states, names, prepare, rule, measure) dot__rule_##name##_f64,
 static const dot__rule_f32 dot__rules_f32[] = { DOT__RULES(DOT__RULE_ROW_F32) };
@@ -7462,6 +7473,28 @@ static const dot__rule_f64 dot__rules_f64[] = { DOT__RULES(DOT__RULE_ROW_F64) };
 static const dot__rule_f32 dot__rules_avx2[] = { DOT__RULES(DOT__RULE_ROW_AVX2) };
 #endif
 
+/* Any number of elements: the rest of less than a vector goes through a buffer, so that every element is computed by the same
+   instructions wherever it lies. */
+static void dot__rule_run_f32(dot__rule_f32 rule, float *w, const float *g, float *const *s, int64_t n, const dot__scalars *h, double *sums)
+{
+    enum { LANES = 8 };
+    float buffer[DOT_MAX_STATES + 2][LANES] = { { 0 } }, *rest[DOT_MAX_STATES];
+    int64_t whole = n / LANES * LANES;
+    size_t bytes = (size_t)(n - whole) * sizeof(float);
+    if (whole) rule(w, g, s, whole, whole, h, sums);
+    if (!bytes) return;
+    memcpy(buffer[0], w + whole, bytes);
+    memcpy(buffer[1], g + whole, bytes);
+    for (int i = 0; i < DOT_MAX_STATES; ++i) {
+        rest[i] = s[i] ? buffer[i + 2] : NULL;
+        if (s[i]) memcpy(rest[i], s[i] + whole, bytes);
+    }
+    rule(buffer[0], buffer[1], rest, LANES, n - whole, h, sums);
+    if (sums) return;
+    memcpy(w + whole, buffer[0], bytes);
+    for (int i = 0; i < DOT_MAX_STATES; ++i) if (s[i]) memcpy(s[i] + whole, rest[i], bytes);
+}
+
 /* ---- state precision: a state is decoded into a buffer of floats, 256 at a time, and encoded again ---- */
 
 #define DOT__BLOCK 256
@@ -7469,12 +7502,6 @@ static const dot__rule_f32 dot__rules_avx2[] = { DOT__RULES(DOT__RULE_ROW_AVX2) 
 /* The 8-bit code: 256 values in [-1, 1] or [0, 1], dense near 0: a sign or not, an exponent of base 10 coded in unary, and a linear
    fraction with the bits that are left (Dettmers 2016, "8-bit approximations for parallelism in deep learning"). */
 typedef struct dot__code { float value[2][DOT__BLOCK]; } dot__code;
-
-static int dot__by_float(const void *a, const void *b)
-{
-    float x = *(const float *)a, y = *(const float *)b;
-    return (x > y) - (x < y);
-}
 
 static void dot__code_make(dot__code *code)
 {
@@ -7492,7 +7519,12 @@ static void dot__code_make(dot__code *code)
         if (!positive) v[count++] = 0;
         v[positive ? count - 1 : count] = 1;
         if (positive) v[count] = 0;
-        qsort(v, DOT__BLOCK, sizeof *v, dot__by_float);
+        for (int i = 1; i < DOT__BLOCK; ++i)        /* sorted by insertion: qsort may allocate */
+            for (int j = i; j > 0 && v[j - 1] > v[j]; --j) {
+                float x = v[j];
+                v[j] = v[j - 1];
+                v[j - 1] = x;
+            }
     }
 }
 
@@ -8193,7 +8225,7 @@ static void dot__rule_blocks(const dot_optimizer *opt, const dot__slot *slot, do
             s[i] = slot->state[i] ? buffer[i] : NULL;
             if (s[i]) dot__state_decode(precision, opt->code, (uint8_t *)dot__at(slot->state[i], lane), size, first, count, s[i]);
         }
-        rule(w + first, g + first, s, count, h, sums);
+        dot__rule_run_f32(rule, w + first, g + first, s, count, h, sums);
         for (int i = 0; i < DOT_MAX_STATES && !sums; ++i) {
             uint64_t stream = DOT__STREAM_STATE | (uint64_t)slot->index << 40 | (uint64_t)i << 38 | (uint64_t)slot->t;
             if (s[i]) dot__state_encode(precision, opt->code, (uint8_t *)dot__at(slot->state[i], lane), size, first, count, s[i],
@@ -8219,7 +8251,7 @@ static void dot__rule_piece(void *argument, int lane, int64_t piece)
         double *s[DOT_MAX_STATES];
         for (int k = 0; k < DOT_MAX_STATES; ++k) s[k] = slot->state[k] ? (double *)(void *)dot__at(slot->state[k], lane) + i : NULL;
         dot__rules_f64[opt->rule]((double *)(void *)dot__at(slot->tensor, lane) + i, (double *)(void *)dot__at(slot->tensor->grad, lane) + i,
-                                  s, n, h, sums);
+                                  s, n, n, h, sums);
         return;
     }
     dot__rule_f32 rule = dot__rules_f32[opt->rule];
@@ -8232,7 +8264,8 @@ static void dot__rule_piece(void *argument, int lane, int64_t piece)
     }
     float *s[DOT_MAX_STATES];
     for (int k = 0; k < DOT_MAX_STATES; ++k) s[k] = slot->state[k] ? (float *)(void *)dot__at(slot->state[k], lane) + i : NULL;
-    rule((float *)(void *)dot__at(slot->tensor, lane) + i, (float *)(void *)dot__at(slot->tensor->grad, lane) + i, s, n, h, sums);
+    dot__rule_run_f32(rule, (float *)(void *)dot__at(slot->tensor, lane) + i, (float *)(void *)dot__at(slot->tensor->grad, lane) + i, s, n, h,
+                      sums);
 }
 
 /* ---- rules with numbers of the whole optimizer: `sum` over all parameters; `all` is kept between steps, for each group ---- */
