@@ -27,7 +27,7 @@ enum { EXIT_RUNTIME = 1, EXIT_USAGE = 2 };
 
 typedef struct {
     bool chosen[ZOO_ENTRIES], task[TASKS];
-    bool list, plots, progress;
+    bool list, plots, progress, slow;
     const char *data, *out;
     int64_t steps, jobs;            /* steps 0: the task's own */
     uint64_t seed;
@@ -63,6 +63,7 @@ static void print_help(void)
            "sorted table for each task, and draws figures.\n\nOptions:\n"
            "  --only LIST     optimizers, e.g. adam,lion; --list names them\n"
            "  --task LIST     of quadratic,rosenbrock,classifier (all)\n"
+           "  --slow          with the matrix rules on the classifier, which take a minute each\n"
            "  --steps N       steps of each run (quadratic 200, rosenbrock 2000, classifier 300)\n"
            "  --seed N        of the first weights, the batches and all draws (1)\n"
            "  --jobs N        optimizers at the same time (the number of cores); changes no result but the times\n"
@@ -87,6 +88,7 @@ static void print_help(void)
 static void parse_only(options *o, const zoo_entry *entry, const char *list)
 {
     memset(o->chosen, 0, sizeof o->chosen);
+    o->slow = true;
     for (;; ++list) {
         const size_t length = strcspn(list, ",");
         int found = -1;
@@ -138,6 +140,7 @@ static void parse_options(options *o, const zoo_entry *entry, int argc, char **a
         if (strcmp(word, "--version") == 0) printf("optimizer_zoo, dotopt %s\n", DOTOPT_VERSION), exit(0);
         if (strcmp(word, "--list") == 0) { o->list = true; continue; }
         if (strcmp(word, "--no-plots") == 0) { o->plots = false; continue; }
+        if (strcmp(word, "--slow") == 0) { o->slow = true; continue; }
         if (strcmp(word, "--no-progress") == 0) { o->progress = false; continue; }
         static const char *const valued[] = { "--only", "--task", "--steps", "--seed", "--jobs", "--data", "--out" };
         enum { ONLY, TASK, STEPS, SEED, JOBS, DATA, OUT, VALUED };
@@ -262,15 +265,20 @@ static void run_workers(zoo *all)
     for (int i = 0; i < started; ++i) pthread_join(thread[i], NULL);
 }
 
-/* The slow task first, and in it the slow matrix rules, so that no worker is left alone with one at the end. */
+/* Slow rules on the classifier wait for --slow, or to be named. */
+static bool left_out(const zoo *all, int entry, int id)
+{
+    return id == CLASSIFIER && all->entry[entry].slow && !all->o->slow;
+}
+
+/* The slow task first, and in it the slow rules, so that no worker is left alone with one at the end. */
 static void make_plan(zoo *all)
 {
     for (int pass = 0; pass < 2; ++pass)
         for (int id = TASKS - 1; id >= 0; --id)
             for (int i = ZOO_ENTRIES - 1; i >= 0; --i) {
-                const bool slow = id == CLASSIFIER && zoo_family_of(all->entry[i].name) == zoo_family_of("muon");
-                if (!all->o->chosen[i] || !all->o->task[id] || !all->entry[i].on[id] || slow != (pass == 0)) continue;
-                if (id == CLASSIFIER && !all->settings.images) continue;
+                if (!all->o->chosen[i] || !all->o->task[id] || !all->entry[i].on[id] || left_out(all, i, id)) continue;
+                if ((id == CLASSIFIER && !all->settings.images) || (id == CLASSIFIER && all->entry[i].slow) != (pass == 0)) continue;
                 const work w = { i, (zoo_task_id)id };
                 all->todo[all->count++] = w;
                 all->all_steps += all->settings.steps[id] * zoo_tasks[id].factors;
@@ -333,6 +341,13 @@ static void print_table(const zoo *all, int id)
         printf("%3d %-20s %10s %9s %8s %9.1f %9s %7s %5.2g %10s %9s %6s\n", i + 1, rows[i].entry->name, loss, accuracy, reached,
                r->step_us, update, bytes, r->evaluations, value, times, diverged);
     }
+    const char *between = "\nLeft out, a minute each (--slow): ";
+    for (int i = 0; i < ZOO_ENTRIES; ++i) {
+        if (!left_out(all, i, id)) continue;
+        printf("%s%s", between, all->entry[i].name);
+        between = ", ";
+    }
+    if (*between == ',') printf("\n");
 }
 
 /* ---- figures: paths and convergence -------------------------------------- */
@@ -616,6 +631,7 @@ static const char *draw_accumulation(plot_style *style, const char *path, const 
         step[i] = i;
         apart[i] = fabs(loss[0][i] - loss[1][i]);
         most = fmax(most, apart[i]);
+        apart[i] *= 1e8;
     }
     printf("\nGradient accumulation: over %d steps of Adam the losses with batches of %d and of %d x %d differ by at most %.1e.\n",
            ACCUMULATION_STEPS, ZOO_BATCH, PARTS, ZOO_BATCH / PARTS, most);
@@ -628,7 +644,7 @@ static const char *draw_accumulation(plot_style *style, const char *path, const 
     panel[0].title = "Training loss";
     panel[0].series = losses;
     panel[0].count = 2;
-    panel[1].title = "Difference of the two losses";
+    panel[1].title = "Difference of the two losses, in 10\u207b\u2078";
     panel[1].series = difference;
     panel[1].count = 1;
     panel[1].ylo = 0;

@@ -57,23 +57,34 @@ typedef struct {
     bool on[TASKS];
     const char *searched;           /* the number that the search changes */
     double base;                    /* its default */
+    bool slow;                      /* 20 ms or more for an update of the classifier: the search takes a minute */
 } zoo_entry;
+
+static const char zoo_slow[] = " muon shampoo scion soap ";
 
 /* The solvers of the library that are no rows of DOT_OPTIMIZERS. SVRG and K-FAC are left out: one is a loop around whole epochs,
    and the eigenvectors of the other's first factor (785 rows) take more than a minute. L-BFGS, CMA-ES and the dense natural
    gradient are for losses without noise, or for few parameters. */
 static const zoo_entry zoo_solvers[] = {
     { "l-bfgs", "limited-memory quasi-Newton, strong Wolfe; one iteration a step", "Liu, Nocedal 1989; torch.optim.LBFGS", ZOO_LBFGS,
-      DOT_CUSTOM, { true, true, false }, "lr", 1 },
+      DOT_CUSTOM, { true, true, false }, "lr", 1, false },
     { "cma-es", "evolution of a normal distribution; a step is a generation", "Hansen 2016", ZOO_CMAES, DOT_CUSTOM,
-      { true, true, false }, "sigma", 0.3 },
+      { true, true, false }, "sigma", 0.3, false },
     { "spsa", "two evaluations along a random direction, no gradient", "Spall 1992, 1998", ZOO_SPSA, DOT_CUSTOM,
-      { true, true, true }, "a", 0.16 },
+      { true, true, true }, "a", 0.16, false },
     { "natural-gradient", "natural gradient by Gauss-Newton, damping 1e-3", "Amari 1998", ZOO_NATURAL, DOT_CUSTOM,
-      { true, true, false }, "lr", 1 },
+      { true, true, false }, "lr", 1, false },
 };
 
 enum { ZOO_SOLVERS = sizeof zoo_solvers / sizeof *zoo_solvers, ZOO_ENTRIES = DOT_ALGORITHMS - 1 + ZOO_SOLVERS };
+
+/* Whether a list of names, with spaces around each, holds this one. */
+static bool zoo_in(const char *names, const char *name)
+{
+    char word[64];
+    snprintf(word, sizeof word, " %s ", name);
+    return strstr(names, word) != NULL;
+}
 
 /* All optimizers: those of DOT_OPTIMIZERS but DOT_CUSTOM, then the solvers. */
 static void zoo_entries(zoo_entry *entry)
@@ -84,10 +95,11 @@ static void zoo_entries(zoo_entry *entry)
         if (algorithm == DOT_CUSTOM) continue;
         const bool model = algorithm != DOT_SOPHIA_G;   /* it draws labels from a model's prediction: the functions have none */
         const zoo_entry rule = { dot_algorithm_name(algorithm), dot_algorithm_description(algorithm), dot_algorithm_paper(algorithm),
-                                 ZOO_RULE, algorithm, { model, model, true }, "lr", dot_optimizer_defaults(algorithm).lr };
+                                 ZOO_RULE, algorithm, { model, model, true }, "lr", dot_optimizer_defaults(algorithm).lr, false };
         entry[count++] = rule;
     }
     for (int i = 0; i < ZOO_SOLVERS; ++i) entry[count++] = zoo_solvers[i];
+    for (int i = 0; i < count; ++i) entry[i].slow = zoo_in(zoo_slow, entry[i].name);
 }
 
 /* Small groups of kin, for the figures; a name that is missing here is drawn with the others. */
@@ -102,17 +114,16 @@ static const zoo_family zoo_families[] = {
     { "Signs and trust ratios", " sign-sgd signum lion tiger lamb lars fromage " },
     { "Step sizes found on the way", " polyak-sgd prodigy dadapt-adam dog dowg momo momo-adam cocob " },
     { "Curvature, and no gradient", " l-bfgs cma-es spsa natural-gradient k-fac sophia-g sophia-h adahessian " },
-    { "Rows, columns, matrices", " adafactor adamw-factored came sm3 adam-mini muon shampoo soap " },
+    { "Factors and projections", " adafactor adamw-factored came sm3 adam-mini galore " },
+    { "Matrices", " muon shampoo scion soap " },
     { "Others", "" },
 };
 enum { ZOO_FAMILIES = sizeof zoo_families / sizeof *zoo_families };
 
 static int zoo_family_of(const char *name)
 {
-    char word[64];
-    snprintf(word, sizeof word, " %s ", name);
     int i = 0;
-    while (i < ZOO_FAMILIES - 1 && !strstr(zoo_families[i].names, word)) ++i;
+    while (i < ZOO_FAMILIES - 1 && !zoo_in(zoo_families[i].names, name)) ++i;
     return i;
 }
 
