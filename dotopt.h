@@ -7265,7 +7265,7 @@ static double dot__half_life_between(double from, double to, double a)
       "exp_avg_sq_row,exp_avg_sq_col,exp_avg,exp_avg_res_row,exp_avg_res_col", dot__came) \
     X(ADAFACTOR, dot__factor_axes_of(f->dialect, p).r, dot__factor_axes_of(f->dialect, p).c, f->beta1 > 0 ? n : 0, 0, 0, \
       "row_var,col_var,exp_avg", dot__adafactor) \
-    X(SHAMPOO, dot__shampoo_size(f, rows, matrix, n), dot__shampoo_size(f, columns, matrix, 0), f->beta1 > 0 ? n : 0, 0, 0, \
+    X(SHAMPOO, dot__shampoo_size(rows, matrix, n), dot__shampoo_size(columns, matrix, 0), f->beta1 > 0 ? n : 0, 0, 0, \
       "left,right,momentum_buffer", dot__shampoo) \
     X(GALORE, matrix ? dot__galore_rank(f->rank, rows, columns) * dot__min(rows, columns) : 0, \
       matrix ? dot__galore_rank(f->rank, rows, columns) * dot__max(rows, columns) : n, \
@@ -7373,26 +7373,6 @@ static void dot__rule_prepare(dot__rule rule, dot__scalars *h, const dot__prepar
 #define SIGN(x) ((T)(((x) > 0) - ((x) < 0)))
 #define IF_POSITIVE(x, then, otherwise) ((x) > 0 ? (T)(then) : (T)(otherwise))
 #define RULE_TARGET
-#define T float
-#define V float
-#define DOT__S f32
-#define ROOT(x) sqrtf(x)
-#define CBRT(x) cbrtf(x)
-#define EXP(x) expf(x)
-#define POWER(x, p) ((p) == 1 ? (x) : powf(x, p))
-#define ATAN2(y, x) atan2f(y, x)
-#define ABS(x) fabsf(x)
-DOT__COUNT_FUNCTION
-DOT__RULES(DOT__RULE_FUNCTION)
-#undef T
-#undef V
-#undef DOT__S
-#undef ROOT
-#undef CBRT
-#undef EXP
-#undef POWER
-#undef ATAN2
-#undef ABS
 #define T double
 #define V double
 #define DOT__S f64
@@ -7462,17 +7442,16 @@ DOT__RULES(DOT__RULE_FUNCTION)
 #undef DOT__GET
 #undef DOT__PUT
 
-typedef void (*dot__rule_f32)(float *, const float *, float *const *, int64_t, int64_t, const dot__scalars *, double *);
 typedef void (*dot__rule_f64)(double *, const double *, double *const *, int64_t, int64_t, const dot__scalars *, double *);
-#define DOT__RULE_ROW_F32(name, states, names, prepare, rule, measure) dot__rule_##name##_f32,
 #define DOT__RULE_ROW_F64(name, states, names, prepare, rule, measure) dot__rule_##name##_f64,
-static const dot__rule_f32 dot__rules_f32[] = { DOT__RULES(DOT__RULE_ROW_F32) };
 static const dot__rule_f64 dot__rules_f64[] = { DOT__RULES(DOT__RULE_ROW_F64) };
 #ifdef DOT__AVX2
+typedef void (*dot__rule_f32)(float *, const float *, float *const *, int64_t, int64_t, const dot__scalars *, double *);
 #define DOT__RULE_ROW_AVX2(name, states, names, prepare, rule, measure) dot__rule_##name##_avx2,
 static const dot__rule_f32 dot__rules_avx2[] = { DOT__RULES(DOT__RULE_ROW_AVX2) };
 #endif
 
+#ifdef DOT__AVX2
 /* Any number of elements: the rest of less than a vector goes through a buffer, so that every element is computed by the same
    instructions wherever it lies. */
 static void dot__rule_run_f32(dot__rule_f32 rule, float *w, const float *g, float *const *s, int64_t n, const dot__scalars *h, double *sums)
@@ -7493,6 +7472,29 @@ static void dot__rule_run_f32(dot__rule_f32 rule, float *w, const float *g, floa
     if (sums) return;
     memcpy(w + whole, buffer[0], bytes);
     for (int i = 0; i < DOT_MAX_STATES; ++i) if (s[i]) memcpy(s[i] + whole, rest[i], bytes);
+}
+#endif
+
+/* The same without vectors: in double, through buffers. */
+static void dot__rule_run_portable(dot__rule_f64 rule, float *w, const float *g, float *const *s, int64_t n, const dot__scalars *h, double *sums)
+{
+    enum { BLOCK = 128 };
+    double buffer[DOT_MAX_STATES + 2][BLOCK], *state[DOT_MAX_STATES];
+    for (int64_t first = 0, count; first < n; first += count) {
+        count = dot__min(BLOCK, n - first);
+        for (int64_t i = 0; i < count; ++i) {
+            buffer[0][i] = (double)w[first + i];
+            buffer[1][i] = (double)g[first + i];
+        }
+        for (int k = 0; k < DOT_MAX_STATES; ++k) {
+            state[k] = s[k] ? buffer[k + 2] : NULL;
+            for (int64_t i = 0; i < count && s[k]; ++i) state[k][i] = (double)s[k][first + i];
+        }
+        rule(buffer[0], buffer[1], state, count, count, h, sums);
+        for (int64_t i = 0; i < count && !sums; ++i) w[first + i] = (float)buffer[0][i];
+        for (int k = 0; k < DOT_MAX_STATES && !sums; ++k)
+            for (int64_t i = 0; i < count && s[k]; ++i) s[k][first + i] = (float)state[k][i];
+    }
 }
 
 /* ---- state precision: a state is decoded into a buffer of floats, 256 at a time, and encoded again ---- */
@@ -7809,9 +7811,8 @@ static dot__factor_axes dot__factor_axes_of(dot_dialect dialect, const dot__para
 
 /* Shampoo preconditions sides of up to this size. */
 enum { DOT__SHAMPOO_SIDE = 512 };
-static int64_t dot__shampoo_size(const dot_optimizer_options *f, int64_t side, bool matrix, int64_t otherwise)
+static int64_t dot__shampoo_size(int64_t side, bool matrix, int64_t otherwise)
 {
-    (void)f;
     return !matrix ? otherwise : side <= DOT__SHAMPOO_SIDE ? side * side : 0;
 }
 
@@ -8212,9 +8213,20 @@ static void dot__rule_range(const dot_optimizer *opt, const dot__slot *slot, int
     opt->options.rule->update(opt->options.rule->user, &range);
 }
 
+static void dot__rule_run(const dot_optimizer *opt, float *w, const float *g, float *const *s, int64_t n, const dot__scalars *h, double *sums)
+{
+#ifdef DOT__AVX2
+    if (dot__kernel(opt->ctx, DOT_F32) != &dot__kernels_portable[0]) {
+        dot__rule_run_f32(dot__rules_avx2[opt->rule], w, g, s, n, h, sums);
+        return;
+    }
+#endif
+    dot__rule_run_portable(dot__rules_f64[opt->rule], w, g, s, n, h, sums);
+}
+
 /* A range of elements whose states are kept in another precision: block by block through a buffer. */
-static void dot__rule_blocks(const dot_optimizer *opt, const dot__slot *slot, dot__rule_f32 rule, int lane, int64_t first, int64_t n,
-                             const dot__scalars *h, double *sums)
+static void dot__rule_blocks(const dot_optimizer *opt, const dot__slot *slot, int lane, int64_t first, int64_t n, const dot__scalars *h,
+                             double *sums)
 {
     dot_state_precision precision = opt->options.state;
     float buffer[DOT_MAX_STATES][DOT__BLOCK], *s[DOT_MAX_STATES];
@@ -8225,7 +8237,7 @@ static void dot__rule_blocks(const dot_optimizer *opt, const dot__slot *slot, do
             s[i] = slot->state[i] ? buffer[i] : NULL;
             if (s[i]) dot__state_decode(precision, opt->code, (uint8_t *)dot__at(slot->state[i], lane), size, first, count, s[i]);
         }
-        dot__rule_run_f32(rule, w + first, g + first, s, count, h, sums);
+        dot__rule_run(opt, w + first, g + first, s, count, h, sums);
         for (int i = 0; i < DOT_MAX_STATES && !sums; ++i) {
             uint64_t stream = DOT__STREAM_STATE | (uint64_t)slot->index << 40 | (uint64_t)i << 38 | (uint64_t)slot->t;
             if (s[i]) dot__state_encode(precision, opt->code, (uint8_t *)dot__at(slot->state[i], lane), size, first, count, s[i],
@@ -8254,18 +8266,13 @@ static void dot__rule_piece(void *argument, int lane, int64_t piece)
                                   s, n, n, h, sums);
         return;
     }
-    dot__rule_f32 rule = dot__rules_f32[opt->rule];
-#ifdef DOT__AVX2
-    if (dot__kernel(opt->ctx, DOT_F32) != &dot__kernels_portable[0]) rule = dot__rules_avx2[opt->rule];
-#endif
     if (opt->options.state != DOT_STATE_FULL) {
-        dot__rule_blocks(opt, slot, rule, lane, i, n, h, sums);
+        dot__rule_blocks(opt, slot, lane, i, n, h, sums);
         return;
     }
     float *s[DOT_MAX_STATES];
     for (int k = 0; k < DOT_MAX_STATES; ++k) s[k] = slot->state[k] ? (float *)(void *)dot__at(slot->state[k], lane) + i : NULL;
-    dot__rule_run_f32(rule, (float *)(void *)dot__at(slot->tensor, lane) + i, (float *)(void *)dot__at(slot->tensor->grad, lane) + i, s, n, h,
-                      sums);
+    dot__rule_run(opt, (float *)(void *)dot__at(slot->tensor, lane) + i, (float *)(void *)dot__at(slot->tensor->grad, lane) + i, s, n, h, sums);
 }
 
 /* ---- rules with numbers of the whole optimizer: `sum` over all parameters; `all` is kept between steps, for each group ---- */

@@ -57,6 +57,18 @@ UNUSED static dot_optimizer_options optimizer_defaults(dot_algorithm algorithm)
     return o;
 }
 
+/* The algorithms of a test that goes through them: all, or when quick the first few and one of each other way to be computed. */
+UNUSED static int next_algorithm(int a)
+{
+    static const int some[] = { DOT_RPROP, DOT_LAMB, DOT_PRODIGY, DOT_SCHEDULE_FREE_ADAMW, DOT_MUON, DOT_SOPHIA_H, DOT_CUSTOM };
+    if (!quick() || a < DOT_ADAMW_FACTORED)
+        return a + 1;
+    for (int i = 0; i < (int)(sizeof some / sizeof *some); ++i)
+        if (some[i] > a)
+            return some[i];
+    return DOT_ALGORITHMS;
+}
+
 UNUSED static const char *scratch_folder(void)
 {
     const char *folder = getenv("TMPDIR");

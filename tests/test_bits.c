@@ -304,7 +304,7 @@ static void test_lanes(void **state)
     (void)state;
     comparisons = 0;
     for (int m = 0; m < MODELS; ++m)
-        for (int a = 0; a < DOT_ALGORITHMS; ++a)
+        for (int a = 0; a < DOT_ALGORITHMS; a = next_algorithm(a))
             for (int d = 0; d < 4; ++d) {
                 plan p = default_plan(models[m], (dot_algorithm)a);
                 if (!tried_with(a, m) || ((quick() || a > DOT_ADAMW_FACTORED) && decays[d] != p.decay))
@@ -326,7 +326,7 @@ static void test_lanes_momentum(void **state)
 {
     static const double beta1[] = { 0.0, 0.9 };
     (void)state;
-    for (int a = 0; a < DOT_ALGORITHMS; ++a)
+    for (int a = 0; a < DOT_ALGORITHMS; a = next_algorithm(a))
         for (int b = quick() || needs_momentum((dot_algorithm)a); b < 2; ++b) {
             plan p = default_plan(models[a % MODELS], (dot_algorithm)a);
             p.beta1 = beta1[b];
@@ -338,7 +338,7 @@ static void test_lanes_momentum(void **state)
 static void test_lanes_full_size(void **state)
 {
     (void)state;
-    for (int a = 0; a < DOT_ALGORITHMS; ++a) {
+    for (int a = 0; a < DOT_ALGORITHMS; a = next_algorithm(a)) {
         plan p = default_plan(&full_model, (dot_algorithm)a);
         if (quick() ? a == DOT_ADAMW : a <= DOT_ADAMW_FACTORED)
             lanes_equal_solo_runs(&p);
@@ -443,7 +443,7 @@ static void test_threads(void **state)
 {
     (void)state;
     for (int m = 0; m < MODELS; ++m)
-        for (int a = 0; a < DOT_ALGORITHMS; ++a)
+        for (int a = 0; a < DOT_ALGORITHMS; a = next_algorithm(a))
             for (int lanes = quick() ? LANES : 1; lanes <= LANES; lanes += LANES - 1) {
                 trace expected[LANES];
                 plan p = default_plan(models[m], (dot_algorithm)a);
@@ -512,7 +512,7 @@ static void test_checkpoint(void **state)
     uint64_t draw = 0;
     (void)state;
     for (int m = 0; m < MODELS; ++m)
-        for (int a = 0; a < DOT_ALGORITHMS; ++a)
+        for (int a = 0; a < DOT_ALGORITHMS; a = next_algorithm(a))
             for (int lanes = quick() ? LANES : 1; lanes <= LANES; lanes += LANES - 1) {
                 int when[3];
                 plan p = default_plan(models[m], (dot_algorithm)a);
@@ -530,7 +530,7 @@ static void test_checkpoint_variants(void **state)
 {
     static const int when[2] = { 0, 5 };
     (void)state;
-    for (int a = 0; a < DOT_ALGORITHMS; ++a) {
+    for (int a = 0; a < DOT_ALGORITHMS; a = next_algorithm(a)) {
         plan p = default_plan(&classifier_model, (dot_algorithm)a);
         p.beta1 = 0.8;
         checkpoints_continue(&p, &p, when, 2);
@@ -611,7 +611,7 @@ static void test_diverging_lane(void **state)
 {
     (void)state;
     for (int m = 0; m < MODELS; ++m)
-        for (int a = 0; a < DOT_ALGORITHMS; ++a) {
+        for (int a = 0; a < DOT_ALGORITHMS; a = next_algorithm(a)) {
             trace together[LANES], calm[LANES];
             plan p = default_plan(models[m], (dot_algorithm)a), wild;
             if (!tried_with(a, m))
@@ -663,7 +663,7 @@ static void stopped_lane_keeps_values(const model *of, dot_algorithm algorithm, 
 static void test_stopped_lane(void **state)
 {
     (void)state;
-    for (int a = 0; a < DOT_ALGORITHMS; ++a)
+    for (int a = 0; a < DOT_ALGORITHMS; a = next_algorithm(a))
         for (int lane = 0; lane < LANES; ++lane)
             if (lane == a % LANES || (!quick() && a <= DOT_ADAMW_FACTORED))
                 stopped_lane_keeps_values(models[(a + lane) % MODELS], (dot_algorithm)a, lane);
@@ -700,7 +700,7 @@ static void test_portable_kernels_agree(void **state)
 {
     (void)state;
     for (int m = 0; m < MODELS; ++m)
-        for (int a = 0; a < DOT_ALGORITHMS; ++a) {
+        for (int a = 0; a < DOT_ALGORITHMS; a = next_algorithm(a)) {
             trace portable, fast;
             plan p = default_plan(models[m], (dot_algorithm)a);
             if (!tried_with(a, m))

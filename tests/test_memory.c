@@ -239,7 +239,7 @@ static void test_steady_training(void **state)
     for (int zoo = 0; zoo < 2; ++zoo)
         for (int threads = 1; threads <= 2; ++threads)
             for (int lanes = 1; lanes <= 3; lanes += 2)
-                for (int a = 0; a < DOT_ALGORITHMS; ++a)
+                for (int a = 0; a < DOT_ALGORITHMS; a = next_algorithm(a))
                     if (a <= DOT_ADAMW_FACTORED || (!zoo && threads == 2 && lanes == 3))
                         steady_training(zoo, threads, lanes, (dot_algorithm)a);
 }
