@@ -479,6 +479,60 @@ static void test_stochastic_rounding(void **state)
         fail_msg("mean of v is %g, not %g", mean, expected);
 }
 
+/* ---- bits of the rules with eigenvectors ------------------------------------------------------------------------------------- */
+
+/* Weights of lane `lane` after ten steps on a small net; interrupted: saved and loaded after the fifth. */
+static void small_run(dot_algorithm algorithm, int threads, int lanes, int lane, bool interrupted, double weights[30])
+{
+    static const uint64_t seeds[2] = { 4, 5 };
+    static const int64_t shape[2] = { 7, 6 };
+    const char *path = scratch_path("small.safetensors");
+    float x[42];
+    dot_context_options co = dot_context_defaults();
+    co.threads = threads;
+    co.lanes = lanes;
+    co.lane_seeds = lanes == 1 ? &seeds[lane] : seeds;
+    dot_optimizer_options o = dot_optimizer_defaults(algorithm);
+    o.rank = 2;
+    o.period = 3;
+    dot_context *ctx = dot_context_create(&co);
+    dot_layer *net = dot_nn_linear(ctx, 6, 5);
+    dot_optimizer *optimizer = dot_optimizer_create(ctx, net, &o);
+    for (int64_t t = 0; t < 10; ++t) {
+        for (int i = 0; i < 42; ++i)
+            x[i] = (float)(2 * uniform(300 + (uint32_t)t, (uint32_t)i) - 1);
+        dot_step_begin(ctx);
+        dot_backward(dot_mean(dot_square(dot_forward(net, dot_input(ctx, DOT_F32, 2, shape, x))), DOT_ALL_AXES, false));
+        dot_optimizer_step(optimizer, 1);
+        if (interrupted && t == 4) {
+            require(ctx, dot_checkpoint_save(path, net, optimizer, t), "save");
+            dot_context_destroy(ctx);
+            ctx = dot_context_create(&co);
+            net = dot_nn_linear(ctx, 6, 5);
+            optimizer = dot_optimizer_create(ctx, net, &o);
+            require(ctx, dot_checkpoint_load(path, net, optimizer, NULL), "load");
+            remove(path);
+        }
+    }
+    require(ctx, dot_parameter_get(net, "weight", lanes == 1 ? 0 : lane, weights, 30), "small run");
+    dot_context_destroy(ctx);
+}
+
+static void test_eigenvector_bits(void **state)
+{
+    (void)state;
+    static const dot_algorithm algorithms[] = { DOT_SHAMPOO, DOT_GALORE };
+    for (int a = 0; a < 2; ++a)
+        for (int lane = 0; lane < 2; ++lane) {
+            double expected[30], other[30];
+            small_run(algorithms[a], 1, 1, lane, false, expected);
+            small_run(algorithms[a], 4, 2, lane, false, other);
+            assert_memory_equal(expected, other, sizeof expected);
+            small_run(algorithms[a], 2, 2, lane, true, other);
+            assert_memory_equal(expected, other, sizeof expected);
+        }
+}
+
 /* ---- refusals ------------------------------------------------------------------------------------------------------------- */
 
 /* Creating with these options is refused with a sentence that has `word`, and leaves the context as it was. */
@@ -685,7 +739,8 @@ int main(int argc, char **argv)
     static const struct CMUnitTest others[] = {
         cmocka_unit_test(test_late_step), cmocka_unit_test(test_custom_rule), cmocka_unit_test(test_state_precision),
         cmocka_unit_test(test_stochastic_rounding), cmocka_unit_test(test_refusals), cmocka_unit_test(test_averaged_point),
-        cmocka_unit_test(test_hutchinson)
+        cmocka_unit_test(test_hutchinson),
+        cmocka_unit_test(test_eigenvector_bits)
     };
     static struct CMUnitTest tests[DOT_ALGORITHMS + COUNT(others)];
     size_t count = 0;
