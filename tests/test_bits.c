@@ -543,7 +543,7 @@ static void test_checkpoint_variants(void **state)
 static void test_state_precisions(void **state)
 {
     static const dot_algorithm algorithms[] = { DOT_ADAM, DOT_RMSPROP, DOT_ADAN, DOT_PRODIGY, DOT_SCHEDULE_FREE_ADAMW };
-    static const int when[2] = { 1, 7 };
+    static const int when[2] = { 1, 3 };
     (void)state;
     for (int precision = DOT_STATE_BF16; precision <= DOT_STATE_8BIT; ++precision)
         for (int a = 0; a < (int)(sizeof algorithms / sizeof *algorithms); ++a) {
