@@ -9,7 +9,7 @@ VERSION = $(shell sed -n 's/^\#define DOTOPT_VERSION "\(.*\)".*/\1/p' dotopt.h)
 STB = $(shell test -e /usr/include/stb/stb_image_write.h && echo /usr/include/stb || echo third_party/stb)
 EXAMPLES = $(patsubst examples/%.c,$(B)/%,$(wildcard examples/*.c))
 TESTS = $(patsubst tests/%.c,$(B)/%,$(wildcard tests/test_*.c))
-COMPILE = $(CC) $(CFLAGS) -std=c99 -I. -I$(STB) -o $@ $<
+COMPILE = $(CC) $(CFLAGS) -std=c99 -I. -I$(STB) -o $@
 
 sweep: data $(B)/fashion_sweep ## set up everything, then run the quick optimizer sweep on Fashion-MNIST (default)
 	$(B)/fashion_sweep --preset quick
@@ -61,12 +61,17 @@ cmocka: stb ## get cmocka, which the tests need (as root)
 	$(CMOCKA_H) || { echo "cmocka.h is missing: install the package libcmocka-dev" >&2; exit 1; }
 
 # A program that does not compile leaves no older one behind.
-$(B)/test_%: tests/test_%.c dotopt.h $(wildcard tests/*.h examples/*.[ch]) | stb
-	@mkdir -p $(B) && rm -f $@
-	$(COMPILE) -lcmocka -lm -pthread
-
 $(B)/%: examples/%.c dotopt.h $(wildcard examples/*.h) | stb
 	@mkdir -p $(B) && rm -f $@
-	$(COMPILE) -lm -pthread
+	$(COMPILE) $< -lm -pthread
+
+# The tests use the interface alone, and share one build of the implementation.
+$(B)/dotopt.o: dotopt.h | compiler
+	@mkdir -p $(B) && rm -f $@
+	$(COMPILE) -DDOTOPT_IMPLEMENTATION -x c -c $<
+
+$(B)/test_%: tests/test_%.c $(B)/dotopt.o $(wildcard tests/*.h examples/*.[ch]) | stb
+	@mkdir -p $(B) && rm -f $@
+	$(COMPILE) $< $(B)/dotopt.o -lcmocka -lm -pthread
 
 .PHONY: sweep test examples check-compilers sanitize install clean help compiler stb data cmocka

@@ -129,6 +129,8 @@ void        dot_error_clear(dot_context *ctx);      /* forget it, and go on */
 /* What the options asked for, and what became of it. */
 int         dot_threads(const dot_context *ctx);
 int         dot_lanes(const dot_context *ctx);
+dot_dtype   dot_context_dtype(const dot_context *ctx);
+uint64_t    dot_lane_seed(const dot_context *ctx, int lane);    /* 0 for a bad lane */
 const char *dot_kernels(const dot_context *ctx);    /* "avx512", "avx2" or "portable" */
 
 /* Begin a training step: takes all step memory back and starts recording for dot_backward. */
@@ -397,8 +399,10 @@ int64_t dot_layer_parameter_count(dot_layer *layer);                            
 /* Copies a parameter's values, in PyTorch's order and shape, out of one lane or into one lane (DOT_ALL: every lane). */
 bool dot_parameter_get(dot_layer *layer, const char *name, int lane, double *out, int64_t count);
 bool dot_parameter_set(dot_layer *layer, const char *name, int lane, const double *values, int64_t count);
-/* The same of its gradient; all zero when it has none. */
+/* The same of its gradient: all zero when it has none; one that was computed elsewhere (summed over machines, say) takes the place of what
+   dot_backward left. A buffer has none to set. */
 bool dot_parameter_grad(dot_layer *layer, const char *name, int lane, double *out, int64_t count);
+bool dot_parameter_set_grad(dot_layer *layer, const char *name, int lane, const double *values, int64_t count);
 
 /* Forgets the gradients of all parameters of the layer. */
 bool dot_zero_grad(dot_layer *layer);
@@ -1559,6 +1563,8 @@ dot_status  dot_error_status(const dot_context *ctx)    { return ctx ? ctx->stat
 const char *dot_error(const dot_context *ctx)           { return ctx ? ctx->error : "no context"; }
 int         dot_threads(const dot_context *ctx)         { return ctx ? ctx->threads : 0; }
 int         dot_lanes(const dot_context *ctx)           { return ctx ? ctx->lanes : 0; }
+dot_dtype   dot_context_dtype(const dot_context *ctx)   { return ctx ? ctx->dtype : DOT_F32; }
+uint64_t    dot_lane_seed(const dot_context *ctx, int lane) { return ctx && lane >= 0 && lane < ctx->lanes ? ctx->lane_seeds[lane] : 0; }
 
 void dot_error_clear(dot_context *ctx)
 {
@@ -6226,6 +6232,24 @@ bool dot_parameter_grad(dot_layer *layer, const char *name, int lane, double *ou
     dot_tensor *g = dot_tensor_grad(p->tensor);
     if (g) dot__torch_get(&p->layout, g->dtype, dot__at(g, lane), count, out);
     else for (int64_t i = 0; i < count; ++i) out[i] = 0;
+    return true;
+}
+
+bool dot_parameter_set_grad(dot_layer *layer, const char *name, int lane, const double *values, int64_t count)
+{
+    dot__parameter *p = layer ? dot__named("dot_parameter_set_grad", layer, name) : NULL;
+    if (!p || !dot__transfer_ok("dot_parameter_set_grad", p->tensor, lane, values, count, true)) return false;
+    if (p->kind == DOT_KIND_BUFFER) {
+        dot__fail(layer->ctx, DOT_ERROR_ARGUMENT, "dot_parameter_set_grad: '%s' is a buffer, which has no gradient", name);
+        return false;
+    }
+    bool had;
+    layer->ctx->function = "dot_parameter_set_grad";
+    dot_tensor *g = dot__grad_target(p->tensor, &had);
+    if (!g) return false;
+    for (int k = 0; k < layer->ctx->lanes; ++k)
+        if (lane == DOT_ALL || lane == k) dot__torch_set(&p->layout, g->dtype, dot__at(g, k), count, values);
+        else if (!had) memset(dot__at(g, k), 0, (size_t)g->size * dot_dtype_size(g->dtype));
     return true;
 }
 

@@ -167,6 +167,15 @@ header_checks() {
     check "$name: implementation" "${command[@]}" -c -o "$out.implementation.o" "$work/implementation.c"
     check "$name: two files linked and run" link_two "$out" "${command[@]}"
     check "$name: implementation included twice" "${command[@]}" -fsyntax-only "$work/implementation_twice.c"
+    rm -f "$out" "$out".*
+}
+
+# variant_checks NAME COMPILER OPTION...: what the configuration macros leave out
+variant_checks() {
+    local name=$1 out command
+    shift
+    out="$work/variant.$(tr -c 'a-zA-Z0-9\n' _ <<<"$name")"
+    command=("$@" "${strict[@]}")
     check "$name: DOTOPT_NO_THREADS" without_threads "$out" "${command[@]}"
     check "$name: DOTOPT_NO_SIMD" "${command[@]}" -DDOTOPT_NO_SIMD -c -o "$out.o" "$work/implementation.c"
     rm -f "$out" "$out".*
@@ -189,7 +198,8 @@ all_headers() {
     for cc in gcc clang; do
         have $cc || continue
         group header_checks "$cc -std=c99 -O2" $cc -std=c99 -O2
-        for standard in c99 c11 c17; do
+        group variant_checks "$cc -std=c99 -O1" $cc -std=c99 -O1
+        for standard in c11 c17; do
             group header_checks "$cc -std=$standard -O0" $cc -std=$standard -O0
         done
     done
@@ -198,6 +208,7 @@ all_headers() {
         for standard in c++11 c++17; do
             group header_checks "$cc -std=$standard -O0" $cc -x c++ -std=$standard -O0
         done
+        group variant_checks "$cc -std=c++11 -O0" $cc -x c++ -std=c++11 -O0
     done
 }
 
@@ -315,7 +326,7 @@ examples_group() {
     local file name
     for file in examples/*.c; do
         name=$(basename "$file" .c)
-        check "cc: $file" cc -O2 -std=c99 -I. "-I$stb" -o "$work/example.$name" "$file" "${libraries[@]}"
+        check "cc: $file" cc -O1 -std=c99 -I. "-I$stb" -o "$work/example.$name" "$file" "${libraries[@]}"
     done
 }
 
@@ -333,41 +344,56 @@ sanitizing_compiler() {
     return 1
 }
 
-# sanitized FLAG COMPILER TEST
+# sanitized FLAG COMPILER TEST OPTION...
 sanitized() {
-    local flag=$1 cc=$2 test=$3 out cmocka=()
-    [[ $test == smoke ]] || cmocka=(-lcmocka)
+    local flag=$1 cc=$2 test=$3 out
+    shift 3
     out="$work/$test.${flag//[^a-z]/_}"
-    "$cc" -std=c99 -O1 -g1 "$flag" -fno-sanitize-recover=all -I. "-I$stb" -o "$out" "tests/$test.c" "${cmocka[@]}" "${libraries[@]}" &&
+    "$cc" -std=c99 -O1 -g1 "$flag" -fno-sanitize-recover=all -I. "-I$stb" -o "$out" "tests/$test.c" "$@" "${libraries[@]}" &&
         TMPDIR=$work timeout -k 5 240 "$out"
+}
+
+# The implementation once, the tests linked to it.
+sanitized_library() {
+    "$2" -std=c99 -O1 -g1 "$1" -fno-sanitize-recover=all -I. -c -o "$work/library.${1//[^a-z]/_}.o" "$work/implementation.c"
 }
 
 has_cmocka() {
     printf '#include <%s>\n' stdarg.h stddef.h stdint.h setjmp.h cmocka.h | gcc -E - >/dev/null 2>&1
 }
 
+# sanitizer FLAG COMPILER TEST...
+sanitizer() {
+    local flag=$1 cc=$2 test
+    shift 2
+    check "$cc $flag: smoke" sanitized "$flag" "$cc" smoke
+    has_cmocka || return
+    check "$cc $flag: implementation" sanitized_library "$flag" "$cc" || return
+    for test; do
+        check "$cc $flag: $test" sanitized "$flag" "$cc" "$test" "$work/library.${flag//[^a-z]/_}.o" -lcmocka
+    done
+}
+
 # The tests that reach every part in reasonable time; those with threads for the thread sanitizer. Others
 # train for too long under a sanitizer, or only build examples.
 all_sanitizers() {
-    local flag cc test tests=(smoke)
+    local flag cc tests
     for flag in -fsanitize=address,undefined -fsanitize=thread; do
         case $flag in
         *thread)
             cc=$(sanitizing_compiler $flag clang gcc)
-            ! has_cmocka || tests=(smoke test_bits test_memory)
+            tests=(test_bits test_memory)
             ;;
         *)
             cc=$(sanitizing_compiler $flag gcc clang)
-            ! has_cmocka || tests=(smoke test_bits test_memory test_errors test_ops test_files)
+            tests=(test_bits test_memory test_errors test_ops test_files test_schedules test_solvers test_utilities)
             ;;
         esac
-        if [[ ! $cc ]]; then
+        if [[ $cc ]]; then
+            group sanitizer $flag "$cc" "${tests[@]}"
+        else
             group check "a compiler with $flag" false
-            continue
         fi
-        for test in "${tests[@]}"; do
-            [[ ! -e tests/$test.c ]] || group check "$cc $flag: $test" sanitized $flag "$cc" "$test"
-        done
     done
 }
 

@@ -1,5 +1,4 @@
 /* test_bits.c - the same bits whatever the lanes beside you, the threads and the interruptions; random numbers. */
-#define DOTOPT_IMPLEMENTATION
 #include "dotopt.h"
 
 #include <math.h>

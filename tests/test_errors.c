@@ -1,5 +1,4 @@
 /* test_errors.c - one row per misuse: the status, the sentence, that nothing changed, and that the error sticks. */
-#define DOTOPT_IMPLEMENTATION
 #include "dotopt.h"
 
 #include <limits.h>

@@ -18,7 +18,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define DOTOPT_IMPLEMENTATION
 #include "dotopt.h"
 
 #define COUNT(array) ((int)(sizeof (array) / sizeof *(array)))

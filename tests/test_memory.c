@@ -1,5 +1,4 @@
 /* test_memory.c - no allocation after the first step, and every allocation failing in turn. */
-#define DOTOPT_IMPLEMENTATION
 #include "dotopt.h"
 
 #include <math.h>

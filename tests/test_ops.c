@@ -1,7 +1,6 @@
 /* The operations and losses, forward and backward: against PyTorch's numbers (tests/golden/ops_*.safetensors; the
    cases are listed in make_ops.py there) and against finite differences. Run from the repository's root; an argument
    selects tests by name, e.g. `test_ops 'conv2d*'`. */
-#define DOTOPT_IMPLEMENTATION
 #include "dotopt.h"
 
 #include <math.h>

@@ -6,7 +6,7 @@
 #include <cmocka.h>
 #include <stdio.h>
 #include <stdlib.h>
-#define DOTOPT_IMPLEMENTATION
+#include <string.h>
 #include "dotopt.h"
 
 static char *read_text(const char *path)

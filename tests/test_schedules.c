@@ -12,7 +12,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define DOTOPT_IMPLEMENTATION
 #include "dotopt.h"
 
 #include <cmocka.h>

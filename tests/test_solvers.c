@@ -1,6 +1,5 @@
 /* The optimizers that evaluate the loss themselves: against the golden numbers that golden/make_solvers.py makes with PyTorch and
    NumPy, on problems with known solutions, for every number of threads, with bad input, and with an allocator that fails. */
-#define DOTOPT_IMPLEMENTATION
 #include "dotopt.h"
 
 #include <float.h>
@@ -120,8 +119,8 @@ static dot_tensor *constant(dot_context *ctx, int rank, const int64_t *shape, co
     assert_non_null(narrow);
     for (int64_t i = 0; i < n; ++i)
         narrow[i] = (float)values[i];
-    bool f64 = ctx->dtype == DOT_F64;
-    dot_tensor *t = dot_input(ctx, ctx->dtype, rank, shape, f64 ? (const void *)values : (const void *)narrow);
+    bool f64 = dot_context_dtype(ctx) == DOT_F64;
+    dot_tensor *t = dot_input(ctx, dot_context_dtype(ctx), rank, shape, f64 ? (const void *)values : (const void *)narrow);
     free(narrow);
     return t;
 }
