@@ -167,6 +167,7 @@ header_checks() {
     check "$name: implementation" "${command[@]}" -c -o "$out.implementation.o" "$work/implementation.c"
     check "$name: two files linked and run" link_two "$out" "${command[@]}"
     check "$name: implementation included twice" "${command[@]}" -fsyntax-only "$work/implementation_twice.c"
+    [[ $name != *-O2 ]] || check "$name: smoke" smoke "$1" '' "$out.implementation.o" "$@"
     rm -f "$out" "$out".*
 }
 
@@ -214,11 +215,12 @@ all_headers() {
 
 # ---- other machines -------------------------------------------------------------------------------------
 
-# smoke NAME RUNNER COMPILER OPTION...: builds tests/smoke.c and runs it; keeps its loss in loss.NAME
+# smoke NAME RUNNER IMPLEMENTATION COMPILER OPTION...: builds tests/smoke.c with the implementation, a source or an
+# object, and runs it; keeps its loss in loss.NAME
 smoke() {
-    local name=$1 runner=$2
-    shift 2
-    "$@" "${strict[@]}" -o "$work/smoke.$name" tests/smoke.c "${libraries[@]}" || return
+    local name=$1 runner=$2 implementation=$3
+    shift 3
+    "$@" "${strict[@]}" -o "$work/smoke.$name" tests/smoke.c "$implementation" "${libraries[@]}" || return
     # shellcheck disable=SC2086
     timeout -k 5 120 $runner "$work/smoke.$name" "$work/smoke.$name.safetensors" >"$work/smoke.$name.out" 2>&1
     local status=$?
@@ -239,16 +241,16 @@ i686_runner() {
 smoke_group() {
     local name=$1 what=$2
     shift 2
-    check "$what" smoke "$name" "$@"
+    check "$what" smoke "$name" "$1" "$work/implementation.c" "${@:2}"
 }
 
 windows_checks() {
     local standard
     for standard in c99 gnu99; do
-        check "x86_64-w64-mingw32-gcc -std=$standard: implementation" x86_64-w64-mingw32-gcc -std=$standard -O0 \
+        check "x86_64-w64-mingw32-gcc -std=$standard: implementation" x86_64-w64-mingw32-gcc -std=$standard -O1 \
             "${strict[@]}" -c -o "$work/windows.$standard.o" "$work/implementation.c"
-        check "x86_64-w64-mingw32-gcc -std=$standard: linked" x86_64-w64-mingw32-gcc -std=$standard -O2 \
-            "${strict[@]}" -o "$work/windows.$standard.exe" tests/smoke.c "${libraries[@]}"
+        check "x86_64-w64-mingw32-gcc -std=$standard: linked" x86_64-w64-mingw32-gcc -std=$standard -O1 \
+            "${strict[@]}" -o "$work/windows.$standard.exe" tests/smoke.c "$work/windows.$standard.o" "${libraries[@]}"
     done
 }
 
@@ -284,12 +286,8 @@ have_i686() {
 
 all_machines() {
     if have gcc; then
-        group smoke_group gcc "gcc: smoke" '' gcc -std=c99 -O2
         group smoke_group portable "gcc: smoke without threads and SIMD" '' gcc -std=c99 -O2 -DDOTOPT_NO_THREADS -DDOTOPT_NO_SIMD
         group smoke_group native "gcc -O3 -march=native: smoke" '' gcc -std=c99 -O3 -march=native
-    fi
-    if have clang; then
-        group smoke_group clang "clang: smoke" '' clang -std=c99 -O2
     fi
     if have aarch64-linux-gnu-gcc && have qemu-aarch64; then
         group aarch64_checks
@@ -344,18 +342,15 @@ sanitizing_compiler() {
     return 1
 }
 
+sanitize=(-std=c99 -O1 -g1 -fno-sanitize-recover=all -I. "-I$stb")
+
 # sanitized FLAG COMPILER TEST OPTION...
 sanitized() {
     local flag=$1 cc=$2 test=$3 out
     shift 3
     out="$work/$test.${flag//[^a-z]/_}"
-    "$cc" -std=c99 -O1 -g1 "$flag" -fno-sanitize-recover=all -I. "-I$stb" -o "$out" "tests/$test.c" "$@" "${libraries[@]}" &&
+    "$cc" "${sanitize[@]}" "$flag" -o "$out" "tests/$test.c" "$@" "${libraries[@]}" &&
         TMPDIR=$work timeout -k 5 240 "$out"
-}
-
-# The implementation once, the tests linked to it.
-sanitized_library() {
-    "$2" -std=c99 -O1 -g1 "$1" -fno-sanitize-recover=all -I. -c -o "$work/library.${1//[^a-z]/_}.o" "$work/implementation.c"
 }
 
 has_cmocka() {
@@ -366,11 +361,12 @@ has_cmocka() {
 sanitizer() {
     local flag=$1 cc=$2 test
     shift 2
-    check "$cc $flag: smoke" sanitized "$flag" "$cc" smoke
+    local library=$work/library.${flag//[^a-z]/_}.o
+    check "$cc $flag: implementation" "$cc" "${sanitize[@]}" "$flag" -c -o "$library" "$work/implementation.c" || return
+    check "$cc $flag: smoke" sanitized "$flag" "$cc" smoke "$library"
     has_cmocka || return
-    check "$cc $flag: implementation" sanitized_library "$flag" "$cc" || return
     for test; do
-        check "$cc $flag: $test" sanitized "$flag" "$cc" "$test" "$work/library.${flag//[^a-z]/_}.o" -lcmocka
+        check "$cc $flag: $test" sanitized "$flag" "$cc" "$test" "$library" -lcmocka
     done
 }
 

@@ -1,7 +1,6 @@
 /* smoke.c - a small self-checking program for compilers and machines where no test library is installed.
    usage: smoke [FILE]      FILE: where it may save and load weights
    Trains a small convolutional network, checks its gradients in double precision, and prints the last loss. */
-#define DOTOPT_IMPLEMENTATION
 #include "dotopt.h"
 
 #include <math.h>
