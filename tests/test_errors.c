@@ -1144,6 +1144,8 @@ static void test_parameters(void **state)
     FAILS(ARGUMENT | SHAPES, "-3", dot_layer_add_parameter(layer, "bias", DOT_KIND_BIAS, 1, SHAPE(-3)));
     FAILS(MEMORY, BIG_TEXT, dot_layer_add_parameter(layer, "bias", DOT_KIND_BIAS, 1, SHAPE(BIG)));
     assert_int_equal(dot_layer_parameters(layer), 1);
+    dot_layer *with_buffer = dot_nn_batch_norm(f->ctx, 1);
+    FAILS(ARGUMENT, "buffer", dot_parameter_set_grad(with_buffer, "running_mean", 0, values, 1));
 
     SILENT(dot_layer_parameters(NULL));
     SILENT(dot_layer_parameter(NULL, 0, &info));
@@ -1155,18 +1157,22 @@ static void test_parameters(void **state)
     SILENT(dot_parameter_get(NULL, "0.bias", 0, values, 4));
     SILENT(dot_parameter_set(NULL, "0.bias", 0, values, 4));
     SILENT(dot_parameter_grad(NULL, "0.bias", 0, values, 4));
+    SILENT(dot_parameter_set_grad(NULL, "0.bias", 0, values, 4));
     SILENT(dot_parameter_init(NULL, "0.bias", DOT_INIT_ZEROS, 1));
     SILENT(dot_zero_grad(NULL));
     REFUSED(dot_parameter_get(f->net, NULL, 0, values, 4));
     REFUSED(dot_parameter_set(f->net, NULL, 0, values, 4));
     REFUSED(dot_parameter_grad(f->net, NULL, 0, values, 4));
+    REFUSED(dot_parameter_set_grad(f->net, NULL, 0, values, 4));
     REFUSED(dot_parameter_init(f->net, NULL, DOT_INIT_ZEROS, 1));
     REFUSED(dot_parameter_get(f->net, "0.bias", 0, NULL, 4));
     REFUSED(dot_parameter_set(f->net, "0.bias", 0, NULL, 4));
     REFUSED(dot_parameter_grad(f->net, "0.bias", 0, NULL, 4));
+    REFUSED(dot_parameter_set_grad(f->net, "0.bias", 0, NULL, 4));
     FAILS(ARGUMENT, "9.bias", dot_parameter_get(f->net, "9.bias", 0, values, 4));
     FAILS(ARGUMENT, "9.bias", dot_parameter_set(f->net, "9.bias", 0, values, 4));
     FAILS(ARGUMENT, "9.bias", dot_parameter_grad(f->net, "9.bias", 0, values, 4));
+    FAILS(ARGUMENT, "9.bias", dot_parameter_set_grad(f->net, "9.bias", 0, values, 4));
     FAILS(ARGUMENT, "9.bias", dot_parameter_init(f->net, "9.bias", DOT_INIT_ZEROS, 1));
     FAILS(ARGUMENT, "0.bia", dot_parameter_get(f->net, "0.bia", 0, values, 4));
     FAILS(ARGUMENT, "2", dot_parameter_get(f->net, "0.bias", 2, values, 4));
@@ -1174,12 +1180,14 @@ static void test_parameters(void **state)
     FAILS(ARGUMENT, "2", dot_parameter_set(f->net, "0.bias", 2, values, 4));
     FAILS(ARGUMENT, "-2", dot_parameter_set(f->net, "0.bias", -2, values, 4));
     FAILS(ARGUMENT, "2", dot_parameter_grad(f->net, "0.bias", 2, values, 4));
+    FAILS(ARGUMENT, "2", dot_parameter_set_grad(f->net, "0.bias", 2, values, 4));
     FAILS(ARGUMENT, "-1", dot_parameter_grad(f->net, "0.bias", DOT_ALL, values, 4));
     FAILS(ARGUMENT | SHAPES, "5", dot_parameter_get(f->net, "0.bias", 0, values, 5));
     FAILS(ARGUMENT | SHAPES, "-1", dot_parameter_get(f->net, "0.bias", 0, values, -1));
     FAILS(ARGUMENT | SHAPES, "5", dot_parameter_set(f->net, "0.bias", 0, values, 5));
     FAILS(ARGUMENT | SHAPES, "-1", dot_parameter_set(f->net, "0.bias", 0, values, -1));
     FAILS(ARGUMENT | SHAPES, "5", dot_parameter_grad(f->net, "0.bias", 0, values, 5));
+    FAILS(ARGUMENT | SHAPES, "5", dot_parameter_set_grad(f->net, "0.bias", 0, values, 5));
     FAILS(ARGUMENT, "7", dot_parameter_init(f->net, "0.weight", (dot_init)7, 1));
     FAILS(ARGUMENT, "", dot_parameter_init(f->net, "0.weight", (dot_init)-1, 1));
     FAILS(ARGUMENT, "nan", dot_parameter_init(f->net, "0.weight", DOT_INIT_XAVIER_NORMAL, NAN));
