@@ -11222,7 +11222,7 @@ static double dot__schedule_momentum(const dot_schedule *s, int64_t step)
         const dot_schedule *part = dot__sequence_part(s, &step);
         return dot__schedule_momentum(part, step);
     }
-    for (int i = 0; s->kind == DOT_SCHEDULE_PRODUCT && i < s->part_count && isnan(value); ++i)
+    for (int i = 0; s->kind == DOT_SCHEDULE_PRODUCT && i < s->part_count && value != value; ++i)
         value = dot__schedule_momentum(s->parts[i], step);
     return value;
 }
@@ -11314,7 +11314,7 @@ const char *dot_plateau_invalid(const dot_plateau *p, char *buffer, size_t size)
 static bool dot__plateau_better(const dot_plateau *p, double metric)
 {
     const double sign = p->maximize ? -1 : 1;
-    const double best = isnan(p->best) ? (double)INFINITY : sign * p->best;
+    const double best = p->best != p->best ? (double)INFINITY : sign * p->best;
     const double margin = p->absolute ? p->threshold : dot__finite(best) ? p->threshold * fabs(best) : 0;
     return sign * metric < best - margin;       /* never for NaN */
 }
