@@ -5,6 +5,7 @@
  *
  *     cc -O2 -I. -I/usr/include/stb examples/fashion_sweep.c -o fashion_sweep -lm -pthread
  *
+ * cli.h            what the examples' command lines share
  * sweep_run.h      the variants, the networks, and a training run
  * sweep_results.h  the results folder
  * sweep_report.h   the table and the pictures
@@ -14,13 +15,13 @@
 #define DOTOPT_IMPLEMENTATION
 #include "dotopt.h"
 
-#include <ctype.h>
-#include <pthread.h>
 #include <signal.h>
 
+#define CLI_PROGRAM "fashion_sweep"
+#include "cli.h"
 #include "sweep_report.h"
 
-enum { EXIT_RUNTIME = 1, EXIT_USAGE = 2, EXIT_DIVERGED = 3 };
+enum { EXIT_DIVERGED = 3 };
 
 /* ---- presets ------------------------------------------------------------ */
 
@@ -60,99 +61,56 @@ typedef struct {
     char folder[256];
 } options;
 
-typedef enum { ON, OFF, COUNT, CHOICE, TEXT } option_kind;
-typedef struct {
-    const char *name;
-    option_kind kind;
-    size_t offset;
-    int64_t low, high;
-    const char *argument;       /* of a choice: the words, with bars between them */
-    const char *help;
-} option;
-
 #define AT(field) offsetof(options, field)
-static const option option_table[] = {
-    { "preset", TEXT, AT(preset), 0, 0, "NAME", "quick (default), cpu or full; the options below change it" },
-    { "only", TEXT, AT(only), 0, 0, "LIST", "variants, e.g. A1,B3" },
-    { "lr-mult", TEXT, AT(lr_text), 0, 0, "LIST", "learning rate multipliers, e.g. 1/4,1/2,1" },
-    { "wd-mult", TEXT, AT(wd_text), 0, 0, "LIST", "weight decay multipliers, e.g. 0,1/32,1" },
-    { "seed", TEXT, AT(seed_text), 0, 0, "LIST", "42; of several, the geometric mean is shown" },
-    { "control", ON, AT(control), 0, 0, NULL, "add A1c, Adam + L2 with cosine schedule" },
-    { "no-control", OFF, AT(control), 0, 0, NULL, "leave A1c out" },
-    { "model", CHOICE, AT(model), 0, 0, "conv|mlp", "the network" },
-    { "samples", COUNT, AT(samples), 2, 1000000000, "N", "training images, the validation images included" },
-    { "val", COUNT, AT(validation), 0, 1000000000, "N",
+static const cli_option option_table[] = {
+    { "preset", CLI_TEXT, AT(preset), 0, 0, "NAME", "quick (default), cpu or full; the options below change it" },
+    { "only", CLI_TEXT, AT(only), 0, 0, "LIST", "variants, e.g. A1,B3" },
+    { "lr-mult", CLI_TEXT, AT(lr_text), 0, 0, "LIST", "learning rate multipliers, e.g. 1/4,1/2,1" },
+    { "wd-mult", CLI_TEXT, AT(wd_text), 0, 0, "LIST", "weight decay multipliers, e.g. 0,1/32,1" },
+    { "seed", CLI_TEXT, AT(seed_text), 0, 0, "LIST", "42; of several, the geometric mean is shown" },
+    { "control", CLI_ON, AT(control), 0, 0, NULL, "add A1c, Adam + L2 with cosine schedule" },
+    { "no-control", CLI_OFF, AT(control), 0, 0, NULL, "leave A1c out" },
+    { "model", CLI_CHOICE, AT(model), 0, 0, "conv|mlp", "the network" },
+    { "samples", CLI_COUNT, AT(samples), 2, 1000000000, "N", "training images, the validation images included" },
+    { "val", CLI_COUNT, AT(validation), 0, 1000000000, "N",
       "validation images: the last of the samples (a twelfth; full: 0)" },
-    { "test-samples", COUNT, AT(test_samples), 1, 1000000000, "N",
+    { "test-samples", CLI_COUNT, AT(test_samples), 1, 1000000000, "N",
       "test images (a sixth of the samples, at most 10000)" },
-    { "epochs", COUNT, AT(epochs), 1, 100000, "N", "schedules keep the proportions that they have at 100" },
-    { "batch", COUNT, AT(batch), 1, 100000, "N", "images in a batch" },
-    { "decay", CHOICE, AT(decay), 0, 0, "paper|torch", "decoupled decay: free of the learning rate, or times it" },
-    { "decay-norm", CHOICE, AT(decay_norm), 0, 0, "paper|seed",
+    { "epochs", CLI_COUNT, AT(epochs), 1, 100000, "N", "schedules keep the proportions that they have at 100" },
+    { "batch", CLI_COUNT, AT(batch), 1, 100000, "N", "images in a batch" },
+    { "decay", CLI_CHOICE, AT(decay), 0, 0, "paper|torch", "decoupled decay: free of the learning rate, or times it" },
+    { "decay-norm", CLI_CHOICE, AT(decay_norm), 0, 0, "paper|seed",
       "normalised decay: over sqrt(steps of the period), or\n"
       "times sqrt(batch / (batches * epochs))" },
-    { "log-every", COUNT, AT(log_every), 1, 1000000000, "N",
+    { "log-every", CLI_COUNT, AT(log_every), 1, 1000000000, "N",
       "steps between two measurements of the norms (an epoch)" },
-    { "jobs", COUNT, AT(jobs), 1, 1024, "N", "runs at the same time (the number of cores)" },
-    { "lanes", COUNT, AT(lanes), 1, 4096, "N", "runs in one context (1); changes no result" },
-    { "reconstructions", CHOICE, AT(reconstructions), 0, 0, "none|center|all",
+    { "jobs", CLI_COUNT, AT(jobs), 1, 1024, "N", "runs at the same time (the number of cores)" },
+    { "lanes", CLI_COUNT, AT(lanes), 1, 4096, "N", "runs in one context (1); changes no result" },
+    { "reconstructions", CLI_CHOICE, AT(reconstructions), 0, 0, "none|center|all",
       "draw them for no run, for one a variant, for all" },
-    { "cmap", CHOICE, AT(map), 0, 0, "jet|viridis|turbo", "colours of the heatmaps" },
-    { "data", TEXT, AT(data), 0, 0, "DIR", "where the IDX files are (data)" },
-    { "out", TEXT, AT(out), 0, 0, "DIR", "where the results go (results/PRESET)" },
-    { "resume", ON, AT(resume), 0, 0, NULL, "go on with what the folder holds (default)" },
-    { "no-resume", OFF, AT(resume), 0, 0, NULL, "start in an empty folder" },
-    { "force", ON, AT(force), 0, 0, NULL, "with --no-resume: delete the results that it holds" },
-    { "dry-run", ON, AT(dry_run), 0, 0, NULL, "print the plan and the time that it will take" },
-    { "list", ON, AT(list), 0, 0, NULL, "print the runs, one a line" },
-    { "no-progress", OFF, AT(progress), 0, 0, NULL, "plain lines instead of a progress line" },
-    { "quiet", ON, AT(quiet), 0, 0, NULL, "neither" },
-    { "help", ON, AT(help), 0, 0, NULL, "print this" },
-    { "version", ON, AT(version), 0, 0, NULL, "print the version" },
+    { "cmap", CLI_CHOICE, AT(map), 0, 0, "jet|viridis|turbo", "colours of the heatmaps" },
+    { "data", CLI_TEXT, AT(data), 0, 0, "DIR", "where the IDX files are (data)" },
+    { "out", CLI_TEXT, AT(out), 0, 0, "DIR", "where the results go (results/PRESET)" },
+    { "resume", CLI_ON, AT(resume), 0, 0, NULL, "go on with what the folder holds (default)" },
+    { "no-resume", CLI_OFF, AT(resume), 0, 0, NULL, "start in an empty folder" },
+    { "force", CLI_ON, AT(force), 0, 0, NULL, "with --no-resume: delete the results that it holds" },
+    { "dry-run", CLI_ON, AT(dry_run), 0, 0, NULL, "print the plan and the time that it will take" },
+    { "list", CLI_ON, AT(list), 0, 0, NULL, "print the runs, one a line" },
+    { "no-progress", CLI_OFF, AT(progress), 0, 0, NULL, "plain lines instead of a progress line" },
+    { "quiet", CLI_ON, AT(quiet), 0, 0, NULL, "neither" },
+    { "help", CLI_ON, AT(help), 0, 0, NULL, "print this" },
+    { "version", CLI_ON, AT(version), 0, 0, NULL, "print the version" },
 };
 #undef AT
 enum { OPTIONS = sizeof option_table / sizeof *option_table, NOT_GIVEN = -1 };
-
-static void usage_error(const char *format, ...)
-#if defined(__GNUC__)
-    __attribute__((format(printf, 1, 2), noreturn))
-#endif
-    ;
-
-static void usage_error(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    fprintf(stderr, "fashion_sweep: ");
-    vfprintf(stderr, format, arguments);
-    fprintf(stderr, " (--help lists the options)\n");
-    va_end(arguments);
-    exit(EXIT_USAGE);
-}
-
-static int fail(const char *message)
-{
-    fprintf(stderr, "fashion_sweep: %s\n", message);
-    return EXIT_RUNTIME;
-}
 
 static void print_help(void)
 {
     printf("usage: fashion_sweep [OPTIONS]           run a sweep, or go on with it\n"
            "       fashion_sweep analyze DIR [--cmap ...]   table and pictures of the results in DIR\n\n"
            "Trains an autoencoder on Fashion-MNIST under many optimizers, each over a grid of\n"
-           "learning rates and weight decays.\n\nOptions:\n");
-    for (int i = 0; i < OPTIONS; ++i) {
-        char left[64];
-        const option *o = &option_table[i];
-        snprintf(left, sizeof left, "--%s %s", o->name, o->argument ? o->argument : "");
-        printf("  %-34s ", left);
-        for (const char *line = o->help; ; line += strcspn(line, "\n") + 1) {
-            printf("%.*s\n", (int)strcspn(line, "\n"), line);
-            if (!strchr(line, '\n')) break;
-            printf("%37s", "");
-        }
-    }
+           "learning rates and weight decays.\n");
+    cli_print_options(option_table, OPTIONS);
     printf("\nPresets:\n");
     for (int i = 0; i < PRESETS; ++i)
         printf("  %-7s%s\n         %lld samples, %lld epochs, batches of %lld\n", presets[i].name, presets[i].help,
@@ -169,21 +127,9 @@ static void print_help(void)
            "diverged, 130 or 143 interrupted.\n");
 }
 
-/* Splits "a,b,c" and hands each part to `take`. */
-static void parse_list(const char *name, const char *text, options *o, void (*take)(const char *, const char *, options *))
+static void take_variant(const char *name, const char *id, void *user)
 {
-    char copy[4096];
-    if (strlen(text) >= sizeof copy) usage_error("--%s: the list is too long", name);
-    snprintf(copy, sizeof copy, "%s", text);
-    for (char *part = copy, *comma; part; part = comma) {
-        comma = strchr(part, ',');
-        if (comma) *comma++ = 0;
-        take(name, part, o);
-    }
-}
-
-static void take_variant(const char *name, const char *id, options *o)
-{
+    options *o = (options *)user;
     const int v = sweep_find(id);
     if (v < 0) usage_error("--%s: no variant is called '%s'", name, id);
     o->chosen[v] = true;
@@ -207,84 +153,28 @@ static void add_unique(const char *name, double *list, int *count, double value)
     list[(*count)++] = value;
 }
 
-static void take_lr(const char *name, const char *text, options *o)
+static void take_lr(const char *name, const char *text, void *user)
 {
+    options *o = (options *)user;
     const double value = parse_multiplier(name, text);
     if (!(value > 0)) usage_error("--%s: a learning rate must be greater than 0", name);
     add_unique(name, o->lr, &o->lrs, value);
 }
 
-static void take_wd(const char *name, const char *text, options *o)
+static void take_wd(const char *name, const char *text, void *user)
 {
+    options *o = (options *)user;
     add_unique(name, o->wd, &o->wds, parse_multiplier(name, text));
 }
 
-static void take_seed(const char *name, const char *text, options *o)
+static void take_seed(const char *name, const char *text, void *user)
 {
+    options *o = (options *)user;
     char *end;
     const double value = isdigit((unsigned char)*text) ? (double)strtoull(text, &end, 10) : NAN;
     if (isnan(value) || *end || value > 9007199254740992.0)
         usage_error("--%s: '%s' is no whole number up to 2^53", name, text);
     add_unique(name, o->seed, &o->seeds, value);
-}
-
-static int parse_choice(const option *o, const char *value)
-{
-    const size_t length = strlen(value);
-    int index = 0;
-    for (const char *word = o->argument;; ++index) {
-        const size_t size = strcspn(word, "|");
-        if (size == length && memcmp(word, value, size) == 0) return index;
-        if (!word[size]) usage_error("--%s: '%s' is none of %s", o->name, value, o->argument);
-        word += size + 1;
-    }
-}
-
-static int64_t parse_count(const option *o, const char *value)
-{
-    char *end;
-    errno = 0;
-    const long long number = isdigit((unsigned char)*value) ? strtoll(value, &end, 10) : -1;
-    if (number < 0 || *end || errno || number < o->low || number > o->high)
-        usage_error("--%s: '%s' is no whole number from %lld to %lld", o->name, value, (long long)o->low,
-                    (long long)o->high);
-    return number;
-}
-
-static void set_option(options *all, const option *o, const char *value)
-{
-    void *field = (char *)all + o->offset;
-    switch (o->kind) {
-    case ON: *(bool *)field = true; break;
-    case OFF: *(bool *)field = false; break;
-    case COUNT: *(int64_t *)field = parse_count(o, value); break;
-    case CHOICE: *(int *)field = parse_choice(o, value); break;
-    case TEXT: *(const char **)field = value; break;
-    }
-}
-
-/* Reads the command line into `o`; of the preset only, or of all options. */
-static void parse_arguments(options *o, int argc, char **argv, bool preset_only)
-{
-    for (int i = 1; i < argc; ++i) {
-        const char *word = argv[i];
-        if (strcmp(word, "-h") == 0) word = "--help";
-        if (i == 1 && strcmp(word, "analyze") == 0) {
-            if (argc < 3 || argv[2][0] == '-') usage_error("analyze: which folder?");
-            o->analyze = argv[++i];
-            continue;
-        }
-        const size_t length = strncmp(word, "--", 2) == 0 ? strcspn(word + 2, "=") : 0;
-        const option *found = NULL;
-        for (int k = 0; k < OPTIONS && length; ++k)
-            if (strlen(option_table[k].name) == length && memcmp(option_table[k].name, word + 2, length) == 0)
-                found = &option_table[k];
-        if (!found) usage_error("'%s' is no option", word);
-        const char *value = word[2 + length] == '=' ? word + 3 + length : NULL;
-        if (found->kind <= OFF && value) usage_error("--%s takes no value", found->name);
-        if (found->kind > OFF && !value && !(value = argv[++i])) usage_error("--%s needs a value", found->name);
-        if (!preset_only || strcmp(found->name, "preset") == 0) set_option(o, found, value);
-    }
 }
 
 static const preset *find_preset(const char *name)
@@ -320,7 +210,12 @@ static void parse_options(options *o, int argc, char **argv)
 {
     memset(o, 0, sizeof *o);
     o->preset = "quick";
-    parse_arguments(o, argc, argv, true);
+    if (argc > 1 && strcmp(argv[1], "analyze") == 0) {
+        if (argc < 3 || argv[2][0] == '-') usage_error("analyze: which folder?");
+        o->analyze = argv[2];
+        argv += 2;
+    }
+    cli_parse(option_table, OPTIONS, o, argv, "preset");
     const preset *p = find_preset(o->preset);
     o->lr_text = p->lr;
     o->wd_text = p->wd;
@@ -336,14 +231,14 @@ static void parse_options(options *o, int argc, char **argv)
     o->lanes = 1;
     o->reconstructions = 1;
     o->resume = o->progress = true;
-    parse_arguments(o, argc, argv, false);
+    cli_parse(option_table, OPTIONS, o, argv, NULL);
     snprintf(o->folder, sizeof o->folder, "results/%s", o->preset);
     if (!o->out) o->out = o->folder;
-    if (o->only) parse_list("only", o->only, o, take_variant);
+    if (o->only) cli_list("only", o->only, o, take_variant);
     else for (int v = 0; v < SWEEP_VARIANTS; ++v) o->chosen[v] = v != SWEEP_CONTROL || o->control;
-    parse_list("lr-mult", o->lr_text, o, take_lr);
-    parse_list("wd-mult", o->wd_text, o, take_wd);
-    parse_list("seed", o->seed_text, o, take_seed);
+    cli_list("lr-mult", o->lr_text, o, take_lr);
+    cli_list("wd-mult", o->wd_text, o, take_wd);
+    cli_list("seed", o->seed_text, o, take_seed);
     o->lrs = sweep_unique(o->lr, o->lrs);
     o->wds = sweep_unique(o->wd, o->wds);
     o->seeds = sweep_unique(o->seed, o->seeds);
@@ -407,17 +302,6 @@ static void warn_of_restarts(const options *o)
 
 /* ---- time --------------------------------------------------------------- */
 
-/* "3 h 05 min", "4 min 10 s", "12 s" */
-static const char *duration(double seconds, char *buffer, size_t size)
-{
-    const long long s = llround(seconds);
-    if (s >= 48 * 3600) snprintf(buffer, size, "%lld days %lld h", s / 86400, s % 86400 / 3600);
-    else if (s >= 3600) snprintf(buffer, size, "%lld h %02lld min", s / 3600, s % 3600 / 60);
-    else if (s >= 60) snprintf(buffer, size, "%lld min %02lld s", s / 60, s % 60);
-    else snprintf(buffer, size, "%lld s", s);
-    return buffer;
-}
-
 /* The clock time that many seconds from now, with the date when it is not today. */
 static const char *clock_after(double seconds, char *buffer, size_t size)
 {
@@ -443,8 +327,8 @@ static bool stopwatch_tick(void *user, int lanes)
     stopwatch *w = (stopwatch *)user;
     enum { WARM_UP = 2, LEAST = 4 };
     (void)lanes;
-    if (++w->steps == WARM_UP) w->start = sweep_seconds();
-    w->seconds = sweep_seconds() - w->start;
+    if (++w->steps == WARM_UP) w->start = cli_seconds();
+    w->seconds = cli_seconds() - w->start;
     return w->steps < WARM_UP + LEAST || w->seconds < 1;
 }
 
@@ -521,7 +405,7 @@ static int dry_run(const options *o, const sweep_data *data, const sweep_runs *p
            (long long)s->test_samples);
     for (int a = 0; a < DOT_ALGORITHMS; ++a)
         if (cost[a] > 0) printf("%-14s %.1f ms a step\n", dot_algorithm_name((dot_algorithm)a), 1e3 * cost[a]);
-    printf("together       %s with %lld jobs, until %s\n", duration(total, text, sizeof text), (long long)o->jobs,
+    printf("together       %s with %lld jobs, until %s\n", cli_duration(total, text, sizeof text), (long long)o->jobs,
            clock_after(total, when, sizeof when));
     printf("folder         %s\n", o->out);
     return 0;
@@ -652,54 +536,43 @@ static void *worker_main(void *user)
 
 /* ---- progress ----------------------------------------------------------- */
 
-static bool is_terminal(void)
-{
-    const char *term = getenv("TERM");
-    return isatty(STDERR_FILENO) && term && strcmp(term, "dumb") != 0;
-}
-
 /* How far the sweep is, or at the end how long it took. On a terminal the line is cut at the right edge, not wrapped.
    The caller holds the mutex. */
 static void print_progress(const sweep *all, bool live, bool end)
 {
-    const double elapsed = sweep_seconds() - all->start, share = (double)all->steps / (double)all->all_steps;
+    const double elapsed = cli_seconds() - all->start, share = (double)all->steps / (double)all->all_steps;
     const double runs = share * all->todo.count, left = share > 0 ? elapsed / share - elapsed : 0;
     char text[48], when[48], lr[24], wd[24];
-    fprintf(stderr, "%s%d of %d runs", live ? "\r\033[K\033[?7l" : "", all->finished.count, all->planned);
+    fprintf(stderr, "%s%d of %d runs", cli_line_begin(live), all->finished.count, all->planned);
     if (!end) fprintf(stderr, ", %.0f %%", 100 * share);
     if (end)
-        fprintf(stderr, " in %s", duration(elapsed, text, sizeof text));
+        fprintf(stderr, " in %s", cli_duration(elapsed, text, sizeof text));
     else if (elapsed > 2 && share > 0)
-        fprintf(stderr, ", %.1f runs/min, %s left (%s)", 60 * runs / elapsed, duration(left, text, sizeof text),
+        fprintf(stderr, ", %.1f runs/min, %s left (%s)", 60 * runs / elapsed, cli_duration(left, text, sizeof text),
                 clock_after(left, when, sizeof when));
     if (all->best)
         fprintf(stderr, ", best %.5f (%s, %s x %s)", sweep_final_test(all->best), sweep_variants[all->best->variant].id,
                 sweep_fraction(all->best->lr, lr, sizeof lr), sweep_fraction(all->best->decay, wd, sizeof wd));
-    fprintf(stderr, "%s%s", live ? "\033[?7h" : "", end || !live ? "\n" : "");
+    fputs(cli_line_end(live, end), stderr);
 }
 
 /* Waits for all workers, and says now and then how far they are. */
 static void watch_workers(sweep *all)
 {
-    const bool live = is_terminal() && all->o->progress;
-    const double interval = live ? 0.25 : 15;
-    double last = sweep_seconds();
+    const bool live = cli_is_terminal() && all->o->progress;
+    const double interval = cli_progress_interval(live);
+    double last = cli_seconds();
     bool told = false;
     pthread_mutex_lock(&all->mutex);
     while (all->workers > 0) {
-        struct timespec until;
-        clock_gettime(CLOCK_REALTIME, &until);
-        until.tv_nsec += 200000000;
-        until.tv_sec += until.tv_nsec / 1000000000;
-        until.tv_nsec %= 1000000000;
-        pthread_cond_timedwait(&all->ended, &all->mutex, &until);
+        cli_wait(&all->ended, &all->mutex);
         if (interrupted && !told) {
             fprintf(stderr, "%sfashion_sweep: interrupted, finishing the present steps\n", live ? "\n" : "");
             told = true;
         }
-        if (all->o->quiet || told || sweep_seconds() - last < interval) continue;
+        if (all->o->quiet || told || cli_seconds() - last < interval) continue;
         print_progress(all, live, false);
-        last = sweep_seconds();
+        last = cli_seconds();
     }
     if (!all->o->quiet && !told && !*all->error) print_progress(all, live, true);
     pthread_mutex_unlock(&all->mutex);
@@ -738,7 +611,7 @@ static void run_workers(sweep *all)
     pthread_t *thread = (pthread_t *)sweep_alloc((size_t)jobs, sizeof *thread);
     worker *workers = (worker *)sweep_alloc((size_t)jobs, sizeof *workers);
     int started = 0;
-    all->start = sweep_seconds();
+    all->start = cli_seconds();
     pthread_mutex_lock(&all->mutex);
     for (; started < jobs; ++started) {
         workers[started].all = all;
@@ -783,7 +656,7 @@ static bool make_folders(const char *folder, char *error, size_t size)
     for (int i = 0; i < 2; ++i) {
         char path[1200];
         snprintf(path, sizeof path, "%s/%s", folder, inner[i]);
-        if (!sweep_make_folder(path, error, size)) return false;
+        if (!cli_make_folder(path, error, size)) return false;
     }
     return true;
 }

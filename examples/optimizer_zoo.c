@@ -5,6 +5,7 @@
  *
  *     cc -O2 -I. -I/usr/include/stb examples/optimizer_zoo.c -o optimizer_zoo -lm -pthread
  *
+ * cli.h       what the examples' command lines share
  * zoo_run.h   the optimizers, the tasks and the search
  * zoo_draw.h  sheets of small charts
  * this file   options, workers and progress, tables, figures, main
@@ -13,68 +14,48 @@
 #define DOTOPT_IMPLEMENTATION
 #include "dotopt.h"
 
-#include <ctype.h>
-#include <pthread.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
+#define CLI_PROGRAM "optimizer_zoo"
+#include "cli.h"
 #include "zoo_draw.h"
 #include "zoo_run.h"
-
-enum { EXIT_RUNTIME = 1, EXIT_USAGE = 2 };
 
 /* ---- options ------------------------------------------------------------ */
 
 typedef struct {
+    bool list, plots, progress, slow, help, version;
+    const char *only, *task_text, *data, *out;
+    int64_t seed, jobs, steps;      /* steps 0: the task's own */
+    /* made from these */
+    const zoo_entry *entry;
     bool chosen[ZOO_ENTRIES], task[TASKS];
-    bool list, plots, progress, slow;
-    const char *data, *out;
-    int64_t steps, jobs;            /* steps 0: the task's own */
-    uint64_t seed;
 } options;
 
-static void usage_error(const char *format, ...)
-#if defined(__GNUC__)
-    __attribute__((format(printf, 1, 2), noreturn))
-#endif
-    ;
-
-static void usage_error(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    fprintf(stderr, "optimizer_zoo: ");
-    vfprintf(stderr, format, arguments);
-    fprintf(stderr, " (--help lists the options)\n");
-    va_end(arguments);
-    exit(EXIT_USAGE);
-}
-
-static int fail(const char *message)
-{
-    fprintf(stderr, "optimizer_zoo: %s\n", message);
-    return EXIT_RUNTIME;
-}
+#define AT(field) offsetof(options, field)
+static const cli_option option_table[] = {
+    { "only", CLI_TEXT, AT(only), 0, 0, "LIST", "optimizers, e.g. adam,lion; --list names them" },
+    { "task", CLI_TEXT, AT(task_text), 0, 0, "LIST", "of quadratic,rosenbrock,classifier (all)" },
+    { "slow", CLI_ON, AT(slow), 0, 0, NULL, "with the matrix rules on the classifier, which take a minute each" },
+    { "steps", CLI_COUNT, AT(steps), 1, 1000000, "N", "steps of each run (quadratic 200, rosenbrock 2000, classifier 300)" },
+    { "seed", CLI_COUNT, AT(seed), 0, INT64_MAX, "N", "of the first weights, the batches and all draws (1)" },
+    { "jobs", CLI_COUNT, AT(jobs), 1, 256, "N", "optimizers at the same time (the number of cores);\nchanges no result but the times" },
+    { "data", CLI_TEXT, AT(data), 0, 0, "DIR", "where the Fashion-MNIST files are (data)" },
+    { "out", CLI_TEXT, AT(out), 0, 0, "DIR", "where the figures go (results/zoo)" },
+    { "no-plots", CLI_OFF, AT(plots), 0, 0, NULL, "tables only" },
+    { "no-progress", CLI_OFF, AT(progress), 0, 0, NULL, "plain lines instead of a progress line" },
+    { "list", CLI_ON, AT(list), 0, 0, NULL, "print the optimizers and the schedules" },
+    { "help", CLI_ON, AT(help), 0, 0, NULL, "print this" },
+    { "version", CLI_ON, AT(version), 0, 0, NULL, "print the version" },
+};
+#undef AT
+enum { OPTIONS = sizeof option_table / sizeof *option_table };
 
 static void print_help(void)
 {
     printf("usage: optimizer_zoo [OPTIONS]\n\n"
            "Runs every optimizer of dotopt on the same tasks, each with the same search for its learning rate, prints a\n"
-           "sorted table for each task, and draws figures.\n\nOptions:\n"
-           "  --only LIST     optimizers, e.g. adam,lion; --list names them\n"
-           "  --task LIST     of quadratic,rosenbrock,classifier (all)\n"
-           "  --slow          with the matrix rules on the classifier, which take a minute each\n"
-           "  --steps N       steps of each run (quadratic 200, rosenbrock 2000, classifier 300)\n"
-           "  --seed N        of the first weights, the batches and all draws (1)\n"
-           "  --jobs N        optimizers at the same time (the number of cores); changes no result but the times\n"
-           "  --data DIR      where the Fashion-MNIST files are (data)\n"
-           "  --out DIR       where the figures go (results/zoo)\n"
-           "  --no-plots      tables only\n"
-           "  --no-progress   plain lines instead of a progress line\n"
-           "  --list          print the optimizers and the schedules\n"
-           "  --help          print this\n"
-           "  --version       print the version\n\n"
-           "Tasks:\n");
+           "sorted table for each task, and draws figures.\n");
+    cli_print_options(option_table, OPTIONS);
+    printf("\nTasks:\n");
     for (int i = 0; i < TASKS; ++i)
         printf("  %-14s%s; %lld steps,\n                %d learning rates: the default times 10^-%d to 10^%d\n", zoo_tasks[i].name,
                zoo_tasks[i].title, (long long)zoo_tasks[i].steps, zoo_tasks[i].factors, zoo_tasks[i].decades, zoo_tasks[i].decades);
@@ -85,79 +66,39 @@ static void print_help(void)
            "Exit status: 0 done, 1 failure, 2 usage.\n");
 }
 
-static void parse_only(options *o, const zoo_entry *entry, const char *list)
+static void take_optimizer(const char *name, const char *word, void *user)
 {
-    memset(o->chosen, 0, sizeof o->chosen);
-    o->slow = true;
-    for (;; ++list) {
-        const size_t length = strcspn(list, ",");
-        int found = -1;
-        for (int i = 0; i < ZOO_ENTRIES; ++i)
-            if (strlen(entry[i].name) == length && memcmp(entry[i].name, list, length) == 0) found = i;
-        if (found < 0) usage_error("--only: no optimizer is called '%.*s'; --list names them", (int)length, list);
-        o->chosen[found] = true;
-        if (!*(list += length)) return;
-    }
+    options *o = (options *)user;
+    int found = 0;
+    while (found < ZOO_ENTRIES && strcmp(o->entry[found].name, word) != 0) ++found;
+    if (found == ZOO_ENTRIES) usage_error("--%s: no optimizer is called '%s'; --list names them", name, word);
+    o->chosen[found] = true;
 }
 
-static void parse_tasks(options *o, const char *list)
+static void take_task(const char *name, const char *word, void *user)
 {
-    memset(o->task, 0, sizeof o->task);
-    for (;; ++list) {
-        const size_t length = strcspn(list, ",");
-        int found = -1;
-        for (int i = 0; i < TASKS; ++i)
-            if (strlen(zoo_tasks[i].name) == length && memcmp(zoo_tasks[i].name, list, length) == 0) found = i;
-        if (found < 0) usage_error("--task: '%.*s' is none of quadratic, rosenbrock, classifier", (int)length, list);
-        o->task[found] = true;
-        if (!*(list += length)) return;
-    }
+    options *o = (options *)user;
+    int found = 0;
+    while (found < TASKS && strcmp(zoo_tasks[found].name, word) != 0) ++found;
+    if (found == TASKS) usage_error("--%s: '%s' is none of quadratic, rosenbrock, classifier", name, word);
+    o->task[found] = true;
 }
 
-static int64_t parse_count(const char *name, const char *value, int64_t low, int64_t high)
-{
-    char *end;
-    errno = 0;
-    const long long number = isdigit((unsigned char)*value) ? strtoll(value, &end, 10) : -1;
-    if (number < low || errno || *end || number > high)
-        usage_error("--%s: '%s' is no whole number from %lld to %lld", name, value, (long long)low, (long long)high);
-    return number;
-}
-
-static void parse_options(options *o, const zoo_entry *entry, int argc, char **argv)
+static void parse_options(options *o, const zoo_entry *entry, char **argv)
 {
     memset(o, 0, sizeof *o);
-    for (int i = 0; i < ZOO_ENTRIES; ++i) o->chosen[i] = true;
-    for (int i = 0; i < TASKS; ++i) o->task[i] = true;
+    o->entry = entry;
     o->plots = o->progress = true;
+    o->task_text = "quadratic,rosenbrock,classifier";
     o->data = "data";
     o->out = "results/zoo";
     o->seed = 1;
     o->jobs = dot_context_defaults().threads;
-    for (int i = 1; i < argc; ++i) {
-        const char *word = strcmp(argv[i], "-h") == 0 ? "--help" : argv[i];
-        if (strcmp(word, "--help") == 0) print_help(), exit(0);
-        if (strcmp(word, "--version") == 0) printf("optimizer_zoo, dotopt %s\n", DOTOPT_VERSION), exit(0);
-        if (strcmp(word, "--list") == 0) { o->list = true; continue; }
-        if (strcmp(word, "--no-plots") == 0) { o->plots = false; continue; }
-        if (strcmp(word, "--slow") == 0) { o->slow = true; continue; }
-        if (strcmp(word, "--no-progress") == 0) { o->progress = false; continue; }
-        static const char *const valued[] = { "--only", "--task", "--steps", "--seed", "--jobs", "--data", "--out" };
-        enum { ONLY, TASK, STEPS, SEED, JOBS, DATA, OUT, VALUED };
-        const size_t length = strcspn(word, "=");
-        int which = 0;
-        while (which < VALUED && (strlen(valued[which]) != length || memcmp(valued[which], word, length) != 0)) ++which;
-        if (which == VALUED) usage_error("'%s' is no option", word);
-        const char *value = word[length] ? word + length + 1 : argv[++i];
-        if (!value) usage_error("%s needs a value", valued[which]);
-        if (which == ONLY) parse_only(o, entry, value);
-        else if (which == TASK) parse_tasks(o, value);
-        else if (which == STEPS) o->steps = parse_count("steps", value, 1, 1000000);
-        else if (which == SEED) o->seed = (uint64_t)parse_count("seed", value, 0, INT64_MAX);
-        else if (which == JOBS) o->jobs = parse_count("jobs", value, 1, 256);
-        else if (which == DATA) o->data = value;
-        else o->out = value;
-    }
+    cli_parse(option_table, OPTIONS, o, argv, NULL);
+    cli_list("task", o->task_text, o, take_task);
+    if (o->only) cli_list("only", o->only, o, take_optimizer);
+    else for (int i = 0; i < ZOO_ENTRIES; ++i) o->chosen[i] = true;
+    o->slow |= o->only != NULL;
 }
 
 static void print_list(const zoo_entry *entry)
@@ -219,29 +160,26 @@ static void *worker_main(void *user)
     return NULL;
 }
 
-static bool is_terminal(void)
-{
-    const char *term = getenv("TERM");
-    return isatty(STDERR_FILENO) && term && strcmp(term, "dumb") != 0;
-}
-
 /* The caller holds the mutex. */
 static void print_progress(const zoo *all, bool live, bool end)
 {
-    const double elapsed = zoo_seconds() - all->start;
-    fprintf(stderr, "%s%d of %d searches", live ? "\r\033[K" : "", all->finished, all->count);
-    if (end) fprintf(stderr, " in %.0f s", elapsed);
-    else fprintf(stderr, ", %.0f %% of the steps, %.0f s", 100 * (double)all->steps / (double)all->all_steps, elapsed);
-    fprintf(stderr, "%s", end || !live ? "\n" : "");
+    const double elapsed = cli_seconds() - all->start;
+    const double share = (double)all->steps / (double)all->all_steps;
+    char text[48];
+    fprintf(stderr, "%s%d of %d searches", cli_line_begin(live), all->finished, all->count);
+    if (end) fprintf(stderr, " in %s", cli_duration(elapsed, text, sizeof text));
+    else fprintf(stderr, ", %.0f %% of the steps", 100 * share);
+    if (!end && elapsed > 2 && share > 0) fprintf(stderr, ", %s left", cli_duration(elapsed / share - elapsed, text, sizeof text));
+    fputs(cli_line_end(live, end), stderr);
 }
 
 static void run_workers(zoo *all)
 {
     const int jobs = all->o->jobs < all->count ? (int)all->o->jobs : all->count;
-    const bool live = is_terminal() && all->o->progress;
+    const bool live = cli_is_terminal() && all->o->progress;
     pthread_t thread[256];
     int started = 0;
-    all->start = zoo_seconds();
+    all->start = cli_seconds();
     double last = all->start;
     pthread_mutex_lock(&all->mutex);
     for (; started < jobs; ++started) {
@@ -250,15 +188,10 @@ static void run_workers(zoo *all)
     }
     if (jobs && !started) snprintf(all->error, sizeof all->error, "no thread could be started");
     while (all->workers > 0) {
-        struct timespec until;
-        clock_gettime(CLOCK_REALTIME, &until);
-        until.tv_nsec += 200000000;
-        until.tv_sec += until.tv_nsec / 1000000000;
-        until.tv_nsec %= 1000000000;
-        pthread_cond_timedwait(&all->ended, &all->mutex, &until);
-        if (zoo_seconds() - last < (live ? 0.25 : 15)) continue;
+        cli_wait(&all->ended, &all->mutex);
+        if (cli_seconds() - last < cli_progress_interval(live)) continue;
         print_progress(all, live, false);
-        last = zoo_seconds();
+        last = cli_seconds();
     }
     if (!*all->error) print_progress(all, live, true);
     pthread_mutex_unlock(&all->mutex);
@@ -656,22 +589,6 @@ static const char *draw_accumulation(plot_style *style, const char *path, const 
 
 /* ---- main --------------------------------------------------------------- */
 
-static bool make_folder(const char *folder, char *error, size_t size)
-{
-    char path[900];
-    if (strlen(folder) >= sizeof path) return snprintf(error, size, "--out: the name of the folder is too long"), false;
-    snprintf(path, sizeof path, "%s", folder);
-    for (char *slash = path + 1;; ++slash) {
-        slash += strcspn(slash, "/");
-        const char after = *slash;
-        *slash = 0;
-        if (mkdir(path, 0777) != 0 && errno != EEXIST)
-            return snprintf(error, size, "cannot make the folder %.300s: %s", path, strerror(errno)), false;
-        *slash = after;
-        if (!after) return true;
-    }
-}
-
 static const char *draw_all(plot_style *style, const zoo *all)
 {
     char path[1000];
@@ -721,7 +638,7 @@ static int run(zoo *all)
     if (!all->count) return fail("nothing to run: none of these optimizers works on these tasks");
     if (all->o->plots) {
         const char *error = plot_open(&style);
-        if (!error && !make_folder(all->o->out, all->error, sizeof all->error)) error = all->error;
+        if (!error && !cli_make_folder(all->o->out, all->error, sizeof all->error)) error = all->error;
         if (error) {
             const int status = fail(error);
             plot_close(&style);
@@ -744,13 +661,16 @@ static int run(zoo *all)
 
 int main(int argc, char **argv)
 {
+    (void)argc;
     static zoo all;
     static options o;
     zoo_entries(all.entry);
-    parse_options(&o, all.entry, argc, argv);
+    parse_options(&o, all.entry, argv);
+    if (o.help) return print_help(), 0;
+    if (o.version) return printf("optimizer_zoo, dotopt %s\n", DOTOPT_VERSION), 0;
     if (o.list) return print_list(all.entry), 0;
     all.o = &o;
-    all.settings.seed = o.seed;
+    all.settings.seed = (uint64_t)o.seed;
     for (int id = 0; id < TASKS; ++id) all.settings.steps[id] = o.steps ? o.steps : zoo_tasks[id].steps;
     pthread_mutex_init(&all.mutex, NULL);
     pthread_cond_init(&all.ended, NULL);

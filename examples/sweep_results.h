@@ -239,23 +239,6 @@ static bool sweep_write_file(const char *folder, const char *name, const json_wr
     return true;
 }
 
-/* Makes the folder and those above it. */
-static bool sweep_make_folder(const char *folder, char *error, size_t size)
-{
-    char path[1024];
-    if (strlen(folder) >= sizeof path - 64) return sweep_say(error, size, "the name of the folder is too long");
-    snprintf(path, sizeof path, "%s", folder);
-    for (char *slash = path + 1;; ++slash) {
-        slash += strcspn(slash, "/");
-        const char after = *slash;
-        *slash = 0;
-        if (mkdir(path, 0777) != 0 && errno != EEXIST)
-            return sweep_say(error, size, "cannot make the folder %s: %s", path, strerror(errno));
-        *slash = after;
-        if (!after) return true;
-    }
-}
-
 /* ---- settings.json ------------------------------------------------------ */
 
 static void sweep_put_settings(json_writer *w, const sweep_settings *s, const sweep_data *data)
@@ -415,7 +398,7 @@ static bool sweep_log_open(sweep_log *log, const char *folder, const sweep_setti
 {
     char log_path[1200], settings_path[1200];
     log->fd = -1;
-    if (!sweep_make_folder(folder, error, size)) return false;
+    if (!cli_make_folder(folder, error, size)) return false;
     snprintf(log->folder, sizeof log->folder, "%s", folder);
     snprintf(log_path, sizeof log_path, "%s/runs.jsonl", folder);
     snprintf(settings_path, sizeof settings_path, "%s/settings.json", folder);

@@ -2,7 +2,7 @@
  * sweep_run.h - what the optimizer sweep trains: the variants, the networks,
  * and one training run.
  *
- * The program includes dotopt.h first.
+ * The program includes dotopt.h and cli.h first.
  */
 #ifndef SWEEP_RUN_H
 #define SWEEP_RUN_H
@@ -14,7 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
+
 
 /* ---- the variants ------------------------------------------------------- */
 
@@ -249,13 +249,6 @@ typedef struct {
 
 typedef enum { SWEEP_DONE, SWEEP_GIVEN_UP, SWEEP_FAILED } sweep_outcome;
 
-static double sweep_seconds(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 /* Conv 1-32-64, latent 128, and back: 843,649 parameters. */
 static dot_layer *sweep_conv_net(dot_context *ctx)
 {
@@ -439,7 +432,7 @@ static bool sweep_train_epochs(sweep_job *job, double *test, double *validation)
     const dot_schedule schedule = sweep_schedule(s, job->variant);
     int64_t period = 0;
     for (int64_t number = 0; number < s->epochs && sweep_active(job) > 0; ++number) {
-        const double start = sweep_seconds();
+        const double start = cli_seconds();
         const int running = sweep_active(job);
         for (int k = 0; k < job->lanes; ++k)
             if (dot_lane_active(job->ctx, k)) job->run[k]->epochs = (int)number + 1;
@@ -447,7 +440,7 @@ static bool sweep_train_epochs(sweep_job *job, double *test, double *validation)
         if (sweep_active(job) > 0 && !sweep_finish_epoch(job, number, test, validation)) return false;
         for (int k = 0; k < job->lanes; ++k) {      /* lanes share the time */
             if (job->run[k]->epochs != number + 1) continue;
-            job->run[k]->epoch[number].seconds = (sweep_seconds() - start) / running;
+            job->run[k]->epoch[number].seconds = (cli_seconds() - start) / running;
             job->run[k]->seconds += job->run[k]->epoch[number].seconds;
         }
     }

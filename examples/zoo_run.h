@@ -148,13 +148,6 @@ typedef struct {
     double evaluations;             /* of the loss in a step */
 } zoo_result;
 
-static double zoo_seconds(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
 static void *zoo_alloc(size_t count, size_t size)
 {
     void *memory = calloc(count ? count : 1, size);
@@ -365,7 +358,7 @@ static double zoo_rule_step(zoo_run *r, dot_optimizer *opt)
     dot_tensor *loss = zoo_loss(r);
     dot_optimizer_loss(opt, loss);
     dot_backward(loss);
-    const double begun = zoo_seconds();
+    const double begun = cli_seconds();
     dot_optimizer_step(opt, 1);
     return begun;
 }
@@ -546,12 +539,12 @@ static void zoo_time(const zoo_settings *settings, const zoo_entry *entry, zoo_t
         opt = dot_optimizer_create(r.ctx, r.net, &o);
     } else solver = zoo_solver_create(&r, result->lr[result->best]);
     for (int64_t step = 0; step < MOST && dot_ok(r.ctx); ++step) {
-        const double start = zoo_seconds();
+        const double start = cli_seconds();
         double middle = start;
         r.step = step;
         if (opt) middle = zoo_rule_step(&r, opt);
         else zoo_solver_step(&r, &solver);
-        const double end = zoo_seconds();
+        const double end = cli_seconds();
         if (step < WARM_UP) continue;
         whole[count] = end - start;
         update[count++] = end - middle;
