@@ -1657,7 +1657,7 @@ static void *dot__step_alloc(dot_context *ctx, size_t bytes)
         dot__out_of_memory(ctx, bytes);
         return NULL;
     }
-    bytes = (bytes + 2 * DOT__ALIGN - 1) / DOT__ALIGN * DOT__ALIGN;     /* a vector of slack after each array: nobody else writes there */
+    bytes = (bytes + DOT__SLACK + DOT__ALIGN - 1) / DOT__ALIGN * DOT__ALIGN;    /* slack after each array: nobody else writes there */
     dot__arena_block *block = ctx->arena_at;
     size_t used = ctx->arena_used;
     while (block && block->size - used < bytes) { block = block->next; used = 0; }
@@ -2442,6 +2442,18 @@ typedef struct dot__gemm {
     dot__array a, b, bias, c;       /* bias[columns] (by c_batch for further batches), or NULL */
 } dot__gemm;
 
+/* C[row][channel] (+)= act(bias[channel] + sum over taps of A[row][tap][channel]): what a class of positions of an image gets from
+   the products of all positions with all taps, A[position][tap][channel]. `tap` and `from` are in elements of A. */
+typedef struct dot__fold {
+    dot_dtype dtype;
+    const struct dot__kernels *kernel;  /* the CPU's: filled in by it */
+    bool laned, accumulate;
+    dot_activation activation;
+    dot__rows rows;
+    int64_t channels;               /* at most DOT__FOLD */
+    dot__array a, bias, c;
+} dot__fold;
+
 /* W[tap][k][column] (+)= sum over rows of A[row][tap][k] D[row][column]: the gradient of the weight. */
 typedef struct dot__outer {
     dot_dtype dtype;
@@ -2525,6 +2537,7 @@ typedef struct dot__backend {
     void (*copy)(dot_context *ctx, dot__copy *job);
     bool (*reduce)(dot_context *ctx, dot__reduce *job);
     bool (*gemm)(dot_context *ctx, dot__gemm *job);
+    void (*fold)(dot_context *ctx, dot__fold *job);
     bool (*outer)(dot_context *ctx, dot__outer *job);
     void (*softmax)(dot_context *ctx, dot__softmax *job);
     void (*softmax_backward)(dot_context *ctx, dot__softmax *job);
@@ -2687,6 +2700,361 @@ DOT__INLINE int64_t dot__part(int64_t n, int64_t piece, int64_t size, int64_t *l
     int64_t begin = piece * size;
     *length = dot__min(size, n - begin);
     return begin;
+}
+
+/* ---- micro-kernels: what depends on the instruction set ----
+   A tile of the matrix product is a block of C that is kept in registers, of as many rows and columns as there is room for. Rows
+   of A are pointers; B is packed into panels as wide as a tile, [tap][k][column], padded with zeros. */
+
+#define DOT__MAX_ROWS 12            /* of any instruction set's tile */
+#define DOT__MAX_COLUMNS 32
+#define DOT__DEPTH 320              /* most k's that one call of a micro-kernel runs over, so that a panel stays in L1 */
+#define DOT__TAPS 32                /* most taps of one call */
+#define DOT__ROW_BLOCK 96           /* rows whose pointers are made at a time: whole tiles of any height */
+
+typedef struct dot__tile {
+    int rows, columns;              /* used of the tile */
+    int taps;
+    int64_t depth;                  /* k per tap */
+    const void *const *a;           /* [taps][rows of a tile] */
+    const void *b;                  /* panel */
+    int64_t b_tap;                  /* elements from one tap to the next */
+    const void *bias;               /* a value for each column to begin with, or NULL: zeros */
+    bool accumulate;                /* begin with C */
+    bool relu;                      /* end with max(0, c) */
+    void *const *c;                 /* rows */
+} dot__tile;
+
+typedef struct dot__outer_tile {
+    int64_t count;                  /* rows summed over */
+    const void *const *a;           /* [count] rows of A, from element a_at */
+    int64_t a_at;
+    const void *const *d;           /* [count] rows of D, from element d_at */
+    int64_t d_at;
+    int rows, columns;
+    bool accumulate;
+    void *w;
+    int64_t w_row;
+} dot__outer_tile;
+
+typedef struct dot__kernels {       /* one row for each instruction set and element type */
+    const char *name;
+    const struct dot__kernels *slim;/* instead of this one, where its tiles would be half empty */
+    int rows, columns;              /* of a tile */
+    int outer_rows;                 /* of a tile of the weight's gradient, which has as many columns */
+    void (*tile)(const dot__tile *);
+    void (*outer)(const dot__outer_tile *);
+    double (*dot)(const void *a, const void *b, int64_t n);
+    void (*sum_rows)(const void *x, int64_t rows, int64_t step, double *sum, int64_t n);  /* sum[j] += x[row * step + j] */
+    void (*relu)(const void *x, void *y, int64_t n);                                    /* what follows most convolutions, */
+    void (*relu_backward)(const void *y, const void *dy, void *dx, int64_t n, bool add);/* hence worth a kernel */
+} dot__kernels;
+
+#define DOT__PORTABLE_ROWS 6
+#define DOT__PORTABLE_COLUMNS 16
+
+#define DOT__PORTABLE_KERNELS(T, S) \
+static void dot__tile_##S(const dot__tile *t) \
+{ \
+    T sum[DOT__PORTABLE_ROWS][DOT__PORTABLE_COLUMNS]; \
+    for (int i = 0; i < t->rows; ++i) \
+        for (int j = 0; j < DOT__PORTABLE_COLUMNS; ++j) sum[i][j] = t->bias ? ((const T *)t->bias)[j] : (T)0; \
+    for (int tap = 0; tap < t->taps; ++tap) { \
+        const T *b = (const T *)t->b + tap * t->b_tap; \
+        for (int64_t k = 0; k < t->depth; ++k, b += DOT__PORTABLE_COLUMNS) \
+            for (int i = 0; i < t->rows; ++i) { \
+                T a = ((const T *)t->a[tap * DOT__PORTABLE_ROWS + i])[k]; \
+                for (int j = 0; j < DOT__PORTABLE_COLUMNS; ++j) sum[i][j] += a * b[j]; \
+            } \
+    } \
+    for (int i = 0; i < t->rows; ++i) { \
+        T *c = (T *)t->c[i]; \
+        for (int j = 0; j < t->columns; ++j) { \
+            c[j] = t->accumulate ? c[j] + sum[i][j] : sum[i][j]; \
+            if (t->relu && c[j] < 0) c[j] = (T)0; \
+        } \
+    } \
+} \
+static void dot__outer_##S(const dot__outer_tile *t) \
+{ \
+    T sum[DOT__PORTABLE_ROWS][DOT__PORTABLE_COLUMNS]; \
+    memset(sum, 0, sizeof sum); \
+    for (int64_t p = 0; p < t->count; ++p) { \
+        const T *a = (const T *)t->a[p] + t->a_at, *d = (const T *)t->d[p] + t->d_at; \
+        for (int i = 0; i < t->rows; ++i) \
+            for (int j = 0; j < t->columns; ++j) sum[i][j] += a[i] * d[j]; \
+    } \
+    for (int i = 0; i < t->rows; ++i) { \
+        T *w = (T *)t->w + i * t->w_row; \
+        for (int j = 0; j < t->columns; ++j) w[j] = t->accumulate ? w[j] + sum[i][j] : sum[i][j]; \
+    } \
+} \
+static double dot__dot_##S(const void *a, const void *b, int64_t n) \
+{ \
+    const T *x = (const T *)a, *y = (const T *)b; \
+    T sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, rest = 0; \
+    int64_t i = 0; \
+    for (; i + 8 <= n; i += 8) \
+        for (int j = 0; j < 8; ++j) sum[j] += x[i + j] * y[i + j]; \
+    for (; i < n; ++i) rest += x[i] * y[i]; \
+    return (double)(((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7])) + rest); \
+} \
+static void dot__sum_rows_##S(const void *xs, int64_t rows, int64_t step, double *sum, int64_t n) \
+{ \
+    const T *x = (const T *)xs; \
+    for (int64_t i = 0; i < rows; ++i, x += step) \
+        for (int64_t j = 0; j < n; ++j) sum[j] += (double)x[j]; \
+} \
+static void dot__relu_##S(const void *x, void *y, int64_t n) { dot__map_RELU_##S((const T *)x, (T *)y, n, 0, 0); } \
+static void dot__relu_backward_##S(const void *y, const void *dy, void *dx, int64_t n, bool add) \
+{ \
+    dot__map_back_RELU_##S((const T *)y, (const T *)y, (const T *)dy, (T *)dx, n, 0, 0, add); \
+}
+DOT__PORTABLE_KERNELS(float, f32)
+DOT__PORTABLE_KERNELS(double, f64)
+
+#ifdef DOT__AVX2
+/* Six rows of two registers, two of B and one of A: all sixteen. They have names because compilers keep arrays of them in
+   memory. */
+#define DOT__SIX(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define DOT__TILE_START(i) __m256 c##i##0 = s0, c##i##1 = s1;
+#define DOT__TILE_ROW(i)   const float *a##i = (const float *)t->a[tap * 6 + i];
+#define DOT__TILE_STEP(i)  x = _mm256_broadcast_ss(a##i + k); \
+                           c##i##0 = _mm256_fmadd_ps(x, b0, c##i##0); c##i##1 = _mm256_fmadd_ps(x, b1, c##i##1);
+#define DOT__TILE_STORE(i) if (t->rows > i) dot__store_row_avx2(c##i##0, c##i##1, (float *)t->c[i], t->columns, t->accumulate, t->relu);
+
+DOT__TARGET_AVX2 DOT__INLINE void dot__store_row_avx2(__m256 lo, __m256 hi, float *c, int columns, bool accumulate, bool relu)
+{
+    if (columns == 16) {
+        if (accumulate) {
+            lo = _mm256_add_ps(lo, _mm256_loadu_ps(c));
+            hi = _mm256_add_ps(hi, _mm256_loadu_ps(c + 8));
+        }
+        if (relu) {                 /* max takes its second operand where one is NaN: NaN stays */
+            lo = _mm256_max_ps(_mm256_setzero_ps(), lo);
+            hi = _mm256_max_ps(_mm256_setzero_ps(), hi);
+        }
+        _mm256_storeu_ps(c, lo);
+        _mm256_storeu_ps(c + 8, hi);
+    } else {
+        float row[16];
+        _mm256_storeu_ps(row, lo);
+        _mm256_storeu_ps(row + 8, hi);
+        for (int j = 0; j < columns; ++j) {
+            c[j] = accumulate ? c[j] + row[j] : row[j];
+            if (relu && c[j] < 0) c[j] = 0;
+        }
+    }
+}
+
+/* Unused rows repeat the first pointer: reading them is harmless. */
+DOT__TARGET_AVX2 static void dot__tile_avx2(const dot__tile *t)
+{
+    __m256 s0 = _mm256_setzero_ps(), s1 = s0, x;
+    if (t->bias) {
+        s0 = _mm256_loadu_ps((const float *)t->bias);
+        s1 = _mm256_loadu_ps((const float *)t->bias + 8);
+    }
+    DOT__SIX(DOT__TILE_START)
+    for (int tap = 0; tap < t->taps; ++tap) {
+        const float *b = (const float *)t->b + tap * t->b_tap;
+        DOT__SIX(DOT__TILE_ROW)
+        for (int64_t k = 0; k < t->depth; ++k, b += 16) {
+            __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
+            DOT__SIX(DOT__TILE_STEP)
+        }
+    }
+    DOT__SIX(DOT__TILE_STORE)
+}
+
+#define DOT__OUTER_STEP(i) x = _mm256_broadcast_ss(a + i); \
+                           c##i##0 = _mm256_fmadd_ps(x, b0, c##i##0); c##i##1 = _mm256_fmadd_ps(x, b1, c##i##1);
+#define DOT__OUTER_STORE(i) if (t->rows > i) \
+    dot__store_row_avx2(c##i##0, c##i##1, (float *)t->w + i * t->w_row, t->columns, t->accumulate, false);
+
+/* Reads up to a tile's rows and columns beyond what is used, which is why arrays have slack at their end. */
+DOT__TARGET_AVX2 static void dot__outer_avx2(const dot__outer_tile *t)
+{
+    __m256 s0 = _mm256_setzero_ps(), s1 = s0, x;
+    DOT__SIX(DOT__TILE_START)
+    for (int64_t p = 0; p < t->count; ++p) {
+        const float *a = (const float *)t->a[p] + t->a_at, *d = (const float *)t->d[p] + t->d_at;
+        __m256 b0 = _mm256_loadu_ps(d), b1 = _mm256_loadu_ps(d + 8);
+        DOT__SIX(DOT__OUTER_STEP)
+    }
+    DOT__SIX(DOT__OUTER_STORE)
+}
+
+DOT__TARGET_AVX2 static double dot__dot_avx2(const void *a, const void *b, int64_t n)
+{
+    const float *x = (const float *)a, *y = (const float *)b;
+    __m256 sum = _mm256_setzero_ps();
+    float rest = 0, part[8];
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), sum);
+    for (; i < n; ++i) rest += x[i] * y[i];
+    _mm256_storeu_ps(part, sum);
+    return (double)(((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7])) + rest);
+}
+
+/* Sixteen columns at a time, in registers over all rows. */
+DOT__TARGET_AVX2 static void dot__sum_rows_avx2(const void *xs, int64_t rows, int64_t step, double *sum, int64_t n)
+{
+    const float *x = (const float *)xs;
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16) {
+        __m256d s0 = _mm256_loadu_pd(sum + j), s1 = _mm256_loadu_pd(sum + j + 4);
+        __m256d s2 = _mm256_loadu_pd(sum + j + 8), s3 = _mm256_loadu_pd(sum + j + 12);
+        for (int64_t i = 0; i < rows; ++i) {
+            const float *row = x + i * step + j;
+            s0 = _mm256_add_pd(s0, _mm256_cvtps_pd(_mm_loadu_ps(row)));
+            s1 = _mm256_add_pd(s1, _mm256_cvtps_pd(_mm_loadu_ps(row + 4)));
+            s2 = _mm256_add_pd(s2, _mm256_cvtps_pd(_mm_loadu_ps(row + 8)));
+            s3 = _mm256_add_pd(s3, _mm256_cvtps_pd(_mm_loadu_ps(row + 12)));
+        }
+        _mm256_storeu_pd(sum + j, s0);
+        _mm256_storeu_pd(sum + j + 4, s1);
+        _mm256_storeu_pd(sum + j + 8, s2);
+        _mm256_storeu_pd(sum + j + 12, s3);
+    }
+    dot__sum_rows_f32(x + j, rows, step, sum + j, n - j);
+}
+
+/* AVX-512: twelve rows of two registers, or of one for a matrix of few columns, where the numbers of A come from memory in the
+   multiplication itself. */
+#define DOT__TWELVE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
+#define DOT__EIGHT(X)  X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define DOT__WIDE_START(i) __m512 c##i##0 = s0, c##i##1 = s1;
+#define DOT__WIDE_STEP(i)  x = _mm512_set1_ps(a##i[k]); \
+                           c##i##0 = _mm512_fmadd_ps(x, b0, c##i##0); c##i##1 = _mm512_fmadd_ps(x, b1, c##i##1);
+#define DOT__WIDE_STORE(i) if (t->rows > i) { \
+    dot__store_row_avx512(c##i##0, (float *)t->c[i], t->columns, t->accumulate, t->relu); \
+    dot__store_row_avx512(c##i##1, (float *)t->c[i] + 16, t->columns - 16, t->accumulate, t->relu); }
+#define DOT__SLIM_START(i) __m512 c##i = s0;
+#define DOT__SLIM_STEP(i)  c##i = _mm512_fmadd_ps(_mm512_set1_ps(a##i[k]), b0, c##i);
+#define DOT__SLIM_STORE(i) if (t->rows > i) dot__store_row_avx512(c##i, (float *)t->c[i], t->columns, t->accumulate, t->relu);
+#define DOT__TILE_POINTER(i) const float *a##i = a[i];
+
+DOT__TARGET_AVX512 DOT__INLINE void dot__store_row_avx512(__m512 row, float *c, int columns, bool accumulate, bool relu)
+{
+    __mmask16 mask = (__mmask16)(columns >= 16 ? 0xffff : columns > 0 ? (1 << columns) - 1 : 0);
+    if (accumulate) row = _mm512_add_ps(row, _mm512_maskz_loadu_ps(mask, c));
+    if (relu) row = _mm512_max_ps(_mm512_setzero_ps(), row);
+    _mm512_mask_storeu_ps(c, mask, row);
+}
+
+#define DOT__TILE_AVX512(name, VECTORS, START, STEP, STORE) \
+DOT__TARGET_AVX512 static void name(const dot__tile *t) \
+{ \
+    const float *bias = (const float *)t->bias; \
+    __m512 s0 = bias ? _mm512_loadu_ps(bias) : _mm512_setzero_ps(), s1 = bias && VECTORS > 1 ? _mm512_loadu_ps(bias + 16) : _mm512_setzero_ps(), x = s1; \
+    DOT__TWELVE(START) \
+    for (int tap = 0; tap < t->taps; ++tap) { \
+        const float *b = (const float *)t->b + tap * t->b_tap, *const *a = (const float *const *)t->a + tap * 12; \
+        DOT__TWELVE(DOT__TILE_POINTER) \
+        for (int64_t k = 0; k < t->depth; ++k, b += 16 * VECTORS) { \
+            __m512 b0 = _mm512_loadu_ps(b), b1 = VECTORS > 1 ? _mm512_loadu_ps(b + 16) : b0; \
+            (void)b1; \
+            DOT__TWELVE(STEP) \
+        } \
+    } \
+    (void)x; \
+    DOT__TWELVE(STORE) \
+}
+DOT__TILE_AVX512(dot__tile_avx512, 2, DOT__WIDE_START, DOT__WIDE_STEP, DOT__WIDE_STORE)
+DOT__TILE_AVX512(dot__tile_avx512_slim, 1, DOT__SLIM_START, DOT__SLIM_STEP, DOT__SLIM_STORE)
+
+#define DOT__WIDE_OUTER(i) x = _mm512_set1_ps(a[i]); \
+                           c##i##0 = _mm512_fmadd_ps(x, b0, c##i##0); c##i##1 = _mm512_fmadd_ps(x, b1, c##i##1);
+#define DOT__WIDE_OUTER_STORE(i) if (t->rows > i) { \
+    dot__store_row_avx512(c##i##0, (float *)t->w + i * t->w_row, t->columns, t->accumulate, false); \
+    dot__store_row_avx512(c##i##1, (float *)t->w + i * t->w_row + 16, t->columns - 16, t->accumulate, false); }
+#define DOT__SLIM_OUTER(i) c##i = _mm512_fmadd_ps(_mm512_set1_ps(a[i]), b0, c##i);
+#define DOT__SLIM_OUTER_STORE(i) if (t->rows > i) \
+    dot__store_row_avx512(c##i, (float *)t->w + i * t->w_row, t->columns, t->accumulate, false);
+
+#define DOT__OUTER_AVX512(name, VECTORS, START, STEP, STORE) \
+DOT__TARGET_AVX512 static void name(const dot__outer_tile *t) \
+{ \
+    __m512 s0 = _mm512_setzero_ps(), s1 = s0, x = s0; \
+    (void)s1; \
+    DOT__EIGHT(START) \
+    for (int64_t p = 0; p < t->count; ++p) { \
+        const float *a = (const float *)t->a[p] + t->a_at, *d = (const float *)t->d[p] + t->d_at; \
+        __m512 b0 = _mm512_loadu_ps(d), b1 = VECTORS > 1 ? _mm512_loadu_ps(d + 16) : b0; \
+        (void)b1; \
+        DOT__EIGHT(STEP) \
+    } \
+    (void)x; \
+    DOT__EIGHT(STORE) \
+}
+DOT__OUTER_AVX512(dot__outer_avx512, 2, DOT__WIDE_START, DOT__WIDE_OUTER, DOT__WIDE_OUTER_STORE)
+DOT__OUTER_AVX512(dot__outer_avx512_slim, 1, DOT__SLIM_START, DOT__SLIM_OUTER, DOT__SLIM_OUTER_STORE)
+
+/* max takes its second operand where one is NaN: NaN stays. */
+DOT__TARGET_AVX2 static void dot__relu_avx2(const void *xs, void *ys, int64_t n)
+{
+    const float *x = (const float *)xs;
+    float *y = (float *)ys;
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, _mm256_max_ps(_mm256_setzero_ps(), _mm256_loadu_ps(x + i)));
+    dot__map_RELU_f32(x + i, y + i, n - i, 0, 0);
+}
+
+/* dy times 1 or 0, not a selection: a NaN or infinity of dy meets the same arithmetic as in the rest. */
+DOT__TARGET_AVX2 static void dot__relu_backward_avx2(const void *ys, const void *dys, void *dxs, int64_t n, bool add)
+{
+    const float *y = (const float *)ys, *dy = (const float *)dys;
+    float *dx = (float *)dxs;
+    __m256 zero = _mm256_setzero_ps(), one = _mm256_set1_ps(1);
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 slope = _mm256_and_ps(_mm256_cmp_ps(_mm256_loadu_ps(y + i), zero, _CMP_GT_OQ), one);
+        __m256 d = _mm256_mul_ps(_mm256_loadu_ps(dy + i), slope);
+        _mm256_storeu_ps(dx + i, add ? _mm256_add_ps(_mm256_loadu_ps(dx + i), d) : d);
+    }
+    dot__map_back_RELU_f32(y + i, y + i, dy + i, dx + i, n - i, 0, 0, add);
+}
+#endif
+
+/* name, slim, rows, columns, outer_rows, and the functions */
+#define DOT__PORTABLE_ROW(S) { "portable", NULL, DOT__PORTABLE_ROWS, DOT__PORTABLE_COLUMNS, DOT__PORTABLE_ROWS, dot__tile_##S, dot__outer_##S, \
+                               dot__dot_##S, dot__sum_rows_##S, dot__relu_##S, dot__relu_backward_##S }
+static const dot__kernels dot__kernels_portable[2] = { DOT__PORTABLE_ROW(f32), DOT__PORTABLE_ROW(f64) };
+#ifdef DOT__AVX2
+#define DOT__X86_ROW(name, slim, rows, columns, outer_rows, tile, outer) \
+    { name, slim, rows, columns, outer_rows, tile, outer, dot__dot_avx2, dot__sum_rows_avx2, dot__relu_avx2, dot__relu_backward_avx2 }
+static const dot__kernels dot__kernels_avx2[2] = {
+    DOT__X86_ROW("avx2", NULL, 6, 16, 6, dot__tile_avx2, dot__outer_avx2), DOT__PORTABLE_ROW(f64),
+};
+static const dot__kernels dot__kernel_avx512_slim =
+    DOT__X86_ROW("avx512", NULL, 12, 16, 8, dot__tile_avx512_slim, dot__outer_avx512_slim);
+static const dot__kernels dot__kernels_avx512[2] = {
+    DOT__X86_ROW("avx512", &dot__kernel_avx512_slim, 12, 32, 8, dot__tile_avx512, dot__outer_avx512), DOT__PORTABLE_ROW(f64),
+};
+#endif
+
+/* The one place where an instruction set is chosen. */
+static const dot__kernels *dot__kernel(const dot_context *ctx, dot_dtype dtype)
+{
+#ifdef DOT__AVX2
+    if (ctx->simd && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return &(__builtin_cpu_supports("avx512f") ? dot__kernels_avx512 : dot__kernels_avx2)[dtype == DOT_F64];
+#endif
+    (void)ctx;
+    return &dot__kernels_portable[dtype == DOT_F64];
+}
+
+/* The same for a matrix of so many columns. */
+static const dot__kernels *dot__kernel_for(const dot_context *ctx, dot_dtype dtype, int64_t columns)
+{
+    const dot__kernels *kernel = dot__kernel(ctx, dtype);
+    return kernel->slim && columns <= 3 * kernel->slim->columns && dot__ceil_div(columns, kernel->slim->columns) % 2 ? kernel->slim : kernel;
+}
+
+const char *dot_kernels(const dot_context *ctx)
+{
+    return ctx ? dot__kernel(ctx, ctx->dtype)->name : NULL;
 }
 
 /* ---- elementwise jobs ---- */
@@ -2855,11 +3223,50 @@ static void dot__cpu_copy(dot_context *ctx, dot__copy *job)
     dot__parallel(ctx, job->laned, walk.walk.pieces, job->dtype == DOT_F32 ? dot__copy_piece_f32 : dot__copy_piece_f64, &walk);
 }
 
+/* ---- elementwise jobs of one argument ---- */
+
+#define DOT__MAP_PIECES(T, S) \
+static void dot__map_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__map *job = (dot__map *)argument; \
+    int64_t n, i = dot__part(job->n, piece, DOT__PIECE, &n); \
+    const T *x = (T *)dot__lane(job->x, lane) + i; \
+    T *y = (T *)dot__lane(job->y, lane) + i; \
+    if (job->op == DOT__RELU) job->kernel->relu(x, y, n); \
+    else dot__maps_##S[job->op].forward(x, y, n, (T)job->p, (T)job->q); \
+} \
+static void dot__map_back_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__map *job = (dot__map *)argument; \
+    int64_t n, i = dot__part(job->n, piece, DOT__PIECE, &n); \
+    const T *x = (T *)dot__lane(job->x, lane) + i, *y = (T *)dot__lane(job->y, lane) + i, *dy = (T *)dot__lane(job->dy, lane) + i; \
+    T *dx = (T *)dot__lane(job->dx, lane) + i; \
+    if (job->op == DOT__RELU) job->kernel->relu_backward(y, dy, dx, n, job->accumulate); \
+    else dot__maps_##S[job->op].backward(x, y, dy, dx, n, (T)job->p, (T)job->q, job->accumulate); \
+}
+DOT__MAP_PIECES(float, f32)
+DOT__MAP_PIECES(double, f64)
+
+static void dot__cpu_map(dot_context *ctx, dot__map *job)
+{
+    job->kernel = dot__kernel(ctx, job->dtype);
+    dot__parallel(ctx, job->laned, dot__ceil_div(job->n, DOT__PIECE),
+                  job->dtype == DOT_F32 ? dot__map_piece_f32 : dot__map_piece_f64, job);
+}
+
+static void dot__cpu_map_backward(dot_context *ctx, dot__map *job)
+{
+    job->kernel = dot__kernel(ctx, job->dtype);
+    dot__parallel(ctx, job->laned, dot__ceil_div(job->n, DOT__PIECE),
+                  job->dtype == DOT_F32 ? dot__map_back_piece_f32 : dot__map_back_piece_f64, job);
+}
+
 /* ---- reductions: in double, in an order that the shape alone decides ----
    The reduced elements of every output are cut into `parts` of fixed size; the second pass adds the parts up in order. */
 
 typedef struct dot__reduce_plan {
     dot__reduce *job;
+    const dot__kernels *kernel;
     int kept, reduced;                          /* collapsed axes: the kept ones, and the reduced ones */
     int64_t kept_shape[DOT_MAX_RANK], kept_stride[DOT_MAX_RANK];
     int64_t reduced_shape[DOT_MAX_RANK], reduced_stride[DOT_MAX_RANK];
@@ -2872,10 +3279,11 @@ typedef struct dot__reduce_plan {
 
 #define DOT__WIDTH 64
 
-static void dot__reduce_planning(dot__reduce_plan *plan, dot__reduce *job)
+static void dot__reduce_planning(dot_context *ctx, dot__reduce_plan *plan, dot__reduce *job)
 {
     memset(plan, 0, sizeof *plan);
     plan->job = job;
+    plan->kernel = dot__kernel(ctx, job->dtype);
     int64_t stride[DOT_MAX_RANK];
     int64_t ks[1][DOT_MAX_RANK], rs[1][DOT_MAX_RANK];
     dot__contiguous_strides(job->rank, job->shape, stride);
@@ -2938,11 +3346,9 @@ static void dot__reduce_piece_##S(void *argument, int lane, int64_t piece) \
         int64_t terms = dot__min(end - term, run - term % run); \
         const T *row = x + offset; \
         if (n == 1 && op == DOT__SUM) sum[0] += dot__strided_sum_##S(row, terms, step); \
-        else for (int64_t i = 0; i < terms; ++i, row += step) { \
-            if (op == DOT__SUM && n == DOT__WIDTH) for (int j = 0; j < DOT__WIDTH; ++j) sum[j] += (double)row[j]; \
-            else if (op == DOT__SUM) for (int64_t j = 0; j < n; ++j) sum[j] += (double)row[j]; \
-            else for (int64_t j = 0; j < n; ++j) sum[j] = dot__combine(op, sum[j], (double)row[j]); \
-        } \
+        else if (op == DOT__SUM) plan->kernel->sum_rows(row, terms, step, sum, n); \
+        else for (int64_t i = 0; i < terms; ++i, row += step) \
+            for (int64_t j = 0; j < n; ++j) sum[j] = dot__combine(op, sum[j], (double)row[j]); \
         term += terms; \
     } \
     memcpy(plan->partial + (lane * plan->parts + part) * plan->outputs + first, sum, (size_t)n * sizeof(double)); \
@@ -2979,7 +3385,7 @@ DOT__REDUCE_PIECE(double, f64)
 static bool dot__cpu_reduce(dot_context *ctx, dot__reduce *job)
 {
     dot__reduce_plan plan;
-    dot__reduce_planning(&plan, job);
+    dot__reduce_planning(ctx, &plan, job);
     if (plan.outputs == 0) return true;
     dot__mark mark = dot__scratch_begin(ctx);
     size_t lanes = job->laned ? (size_t)ctx->lanes : 1;
@@ -2993,332 +3399,9 @@ static bool dot__cpu_reduce(dot_context *ctx, dot__reduce *job)
     return true;
 }
 
-/* ---- the matrix product: micro-kernels ----
-   A tile is DOT__ROWS x DOT__COLUMNS elements of C, kept in registers. Rows of A are pointers; B is packed into panels of
-   DOT__COLUMNS columns, [tap][k][column], padded with zeros. */
-
-#define DOT__ROWS 6
-#define DOT__COLUMNS 16
-#define DOT__DEPTH 320              /* most k's that one call of a micro-kernel runs over, so that a panel stays in L1 */
-#define DOT__TAPS 32                /* most taps of one call */
-#define DOT__ROW_BLOCK 96           /* rows whose pointers are made at a time */
-
-typedef struct dot__tile {
-    int rows, columns;              /* used of the tile */
-    int taps;
-    int64_t depth;                  /* k per tap */
-    const void *const *a;           /* [taps][DOT__ROWS] */
-    const void *b;                  /* panel */
-    int64_t b_tap;                  /* elements from one tap to the next */
-    const void *bias;               /* DOT__COLUMNS values to begin with, or NULL: zeros */
-    bool accumulate;                /* begin with C */
-    void *const *c;                 /* rows */
-} dot__tile;
-
-typedef struct dot__outer_tile {
-    int64_t count;                  /* rows summed over */
-    const void *const *a;           /* [count] rows of A, from element a_at */
-    int64_t a_at;
-    const void *const *d;           /* [count] rows of D, from element d_at */
-    int64_t d_at;
-    int rows, columns;
-    bool accumulate;
-    void *w;
-    int64_t w_row;
-} dot__outer_tile;
-
-typedef struct dot__kernels {       /* one row for each instruction set and element type */
-    const char *name;
-    void (*tile)(const dot__tile *);
-    void (*outer)(const dot__outer_tile *);
-    double (*dot)(const void *a, const void *b, int64_t n);
-    void (*relu)(const void *x, void *y, int64_t n);                                    /* what follows most convolutions, */
-    void (*relu_backward)(const void *y, const void *dy, void *dx, int64_t n, bool add);/* hence worth a kernel */
-} dot__kernels;
-
-#define DOT__PORTABLE_KERNELS(T, S) \
-static void dot__tile_##S(const dot__tile *t) \
-{ \
-    T sum[DOT__ROWS][DOT__COLUMNS]; \
-    for (int i = 0; i < t->rows; ++i) \
-        for (int j = 0; j < DOT__COLUMNS; ++j) sum[i][j] = t->bias ? ((const T *)t->bias)[j] : (T)0; \
-    for (int tap = 0; tap < t->taps; ++tap) { \
-        const T *b = (const T *)t->b + tap * t->b_tap; \
-        for (int64_t k = 0; k < t->depth; ++k, b += DOT__COLUMNS) \
-            for (int i = 0; i < t->rows; ++i) { \
-                T a = ((const T *)t->a[tap * DOT__ROWS + i])[k]; \
-                for (int j = 0; j < DOT__COLUMNS; ++j) sum[i][j] += a * b[j]; \
-            } \
-    } \
-    for (int i = 0; i < t->rows; ++i) { \
-        T *c = (T *)t->c[i]; \
-        for (int j = 0; j < t->columns; ++j) c[j] = t->accumulate ? c[j] + sum[i][j] : sum[i][j]; \
-    } \
-} \
-static void dot__outer_##S(const dot__outer_tile *t) \
-{ \
-    T sum[DOT__ROWS][DOT__COLUMNS]; \
-    memset(sum, 0, sizeof sum); \
-    for (int64_t p = 0; p < t->count; ++p) { \
-        const T *a = (const T *)t->a[p] + t->a_at, *d = (const T *)t->d[p] + t->d_at; \
-        for (int i = 0; i < t->rows; ++i) \
-            for (int j = 0; j < t->columns; ++j) sum[i][j] += a[i] * d[j]; \
-    } \
-    for (int i = 0; i < t->rows; ++i) { \
-        T *w = (T *)t->w + i * t->w_row; \
-        for (int j = 0; j < t->columns; ++j) w[j] = t->accumulate ? w[j] + sum[i][j] : sum[i][j]; \
-    } \
-} \
-static double dot__dot_##S(const void *a, const void *b, int64_t n) \
-{ \
-    const T *x = (const T *)a, *y = (const T *)b; \
-    T sum[8] = { 0, 0, 0, 0, 0, 0, 0, 0 }, rest = 0; \
-    int64_t i = 0; \
-    for (; i + 8 <= n; i += 8) \
-        for (int j = 0; j < 8; ++j) sum[j] += x[i + j] * y[i + j]; \
-    for (; i < n; ++i) rest += x[i] * y[i]; \
-    return (double)(((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7])) + rest); \
-} \
-static void dot__relu_##S(const void *x, void *y, int64_t n) { dot__map_RELU_##S((const T *)x, (T *)y, n, 0, 0); } \
-static void dot__relu_backward_##S(const void *y, const void *dy, void *dx, int64_t n, bool add) \
-{ \
-    dot__map_back_RELU_##S((const T *)y, (const T *)y, (const T *)dy, (T *)dx, n, 0, 0, add); \
-}
-DOT__PORTABLE_KERNELS(float, f32)
-DOT__PORTABLE_KERNELS(double, f64)
-
-#ifdef DOT__AVX2
-/* Twelve accumulators, two registers of B and one of A: all sixteen registers. They have names because compilers keep
-   arrays of them in memory. */
-#define DOT__ROWS_OF_TILE(X) X(0) X(1) X(2) X(3) X(4) X(5)
-#define DOT__TILE_START(i) __m256 c##i##0 = s0, c##i##1 = s1;
-#define DOT__TILE_ROW(i)   const float *a##i = (const float *)t->a[tap * DOT__ROWS + i];
-#define DOT__TILE_STEP(i)  x = _mm256_broadcast_ss(a##i + k); \
-                           c##i##0 = _mm256_fmadd_ps(x, b0, c##i##0); c##i##1 = _mm256_fmadd_ps(x, b1, c##i##1);
-#define DOT__TILE_STORE(i) if (t->rows > i) dot__store_row_avx2(c##i##0, c##i##1, (float *)t->c[i], t->columns, t->accumulate);
-
-DOT__TARGET_AVX2 DOT__INLINE void dot__store_row_avx2(__m256 lo, __m256 hi, float *c, int columns, bool accumulate)
-{
-    if (columns == DOT__COLUMNS) {
-        if (accumulate) {
-            lo = _mm256_add_ps(lo, _mm256_loadu_ps(c));
-            hi = _mm256_add_ps(hi, _mm256_loadu_ps(c + 8));
-        }
-        _mm256_storeu_ps(c, lo);
-        _mm256_storeu_ps(c + 8, hi);
-    } else {
-        float row[DOT__COLUMNS];
-        _mm256_storeu_ps(row, lo);
-        _mm256_storeu_ps(row + 8, hi);
-        for (int j = 0; j < columns; ++j) c[j] = accumulate ? c[j] + row[j] : row[j];
-    }
-}
-
-/* Unused rows repeat the first pointer: reading them is harmless. */
-DOT__TARGET_AVX2 static void dot__tile_avx2(const dot__tile *t)
-{
-    __m256 s0 = _mm256_setzero_ps(), s1 = s0, x;
-    if (t->bias) {
-        s0 = _mm256_loadu_ps((const float *)t->bias);
-        s1 = _mm256_loadu_ps((const float *)t->bias + 8);
-    }
-    DOT__ROWS_OF_TILE(DOT__TILE_START)
-    for (int tap = 0; tap < t->taps; ++tap) {
-        const float *b = (const float *)t->b + tap * t->b_tap;
-        DOT__ROWS_OF_TILE(DOT__TILE_ROW)
-        for (int64_t k = 0; k < t->depth; ++k, b += DOT__COLUMNS) {
-            __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
-            DOT__ROWS_OF_TILE(DOT__TILE_STEP)
-        }
-    }
-    DOT__ROWS_OF_TILE(DOT__TILE_STORE)
-}
-
-#define DOT__OUTER_STEP(i) x = _mm256_broadcast_ss(a + i); \
-                           c##i##0 = _mm256_fmadd_ps(x, b0, c##i##0); c##i##1 = _mm256_fmadd_ps(x, b1, c##i##1);
-#define DOT__OUTER_STORE(i) if (t->rows > i) \
-    dot__store_row_avx2(c##i##0, c##i##1, (float *)t->w + i * t->w_row, t->columns, t->accumulate);
-
-/* Reads up to DOT__ROWS and DOT__COLUMNS elements beyond what is used, which is why arrays have slack at their end. */
-DOT__TARGET_AVX2 static void dot__outer_avx2(const dot__outer_tile *t)
-{
-    __m256 s0 = _mm256_setzero_ps(), s1 = s0, x;
-    DOT__ROWS_OF_TILE(DOT__TILE_START)
-    for (int64_t p = 0; p < t->count; ++p) {
-        const float *a = (const float *)t->a[p] + t->a_at, *d = (const float *)t->d[p] + t->d_at;
-        __m256 b0 = _mm256_loadu_ps(d), b1 = _mm256_loadu_ps(d + 8);
-        DOT__ROWS_OF_TILE(DOT__OUTER_STEP)
-    }
-    DOT__ROWS_OF_TILE(DOT__OUTER_STORE)
-}
-
-DOT__TARGET_AVX2 static double dot__dot_avx2(const void *a, const void *b, int64_t n)
-{
-    const float *x = (const float *)a, *y = (const float *)b;
-    __m256 sum = _mm256_setzero_ps();
-    float rest = 0, part[8];
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) sum = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i), sum);
-    for (; i < n; ++i) rest += x[i] * y[i];
-    _mm256_storeu_ps(part, sum);
-    return (double)(((part[0] + part[4]) + (part[1] + part[5])) + ((part[2] + part[6]) + (part[3] + part[7])) + rest);
-}
-
-/* AVX-512: a row of the tile is one register; even and odd k's are summed apart, which keeps twelve additions in flight. */
-#define DOT__WIDE_START(i) __m512 e##i = s, o##i = _mm512_setzero_ps();
-#define DOT__WIDE_ROW(i)   const float *a##i = (const float *)t->a[tap * DOT__ROWS + i];
-#define DOT__WIDE_EVEN(i)  e##i = _mm512_fmadd_ps(_mm512_set1_ps(a##i[k]), b0, e##i);
-#define DOT__WIDE_ODD(i)   o##i = _mm512_fmadd_ps(_mm512_set1_ps(a##i[k + 1]), b1, o##i);
-#define DOT__WIDE_STORE(i) if (t->rows > i) dot__store_row_avx512(_mm512_add_ps(e##i, o##i), (float *)t->c[i], t->columns, t->accumulate);
-
-DOT__TARGET_AVX512 DOT__INLINE void dot__store_row_avx512(__m512 row, float *c, int columns, bool accumulate)
-{
-    __mmask16 mask = (__mmask16)((1u << columns) - 1u);
-    if (accumulate) row = _mm512_add_ps(row, _mm512_maskz_loadu_ps(mask, c));
-    _mm512_mask_storeu_ps(c, mask, row);
-}
-
-DOT__TARGET_AVX512 static void dot__tile_avx512(const dot__tile *t)
-{
-    __m512 s = t->bias ? _mm512_loadu_ps(t->bias) : _mm512_setzero_ps();
-    DOT__ROWS_OF_TILE(DOT__WIDE_START)
-    for (int tap = 0; tap < t->taps; ++tap) {
-        const float *b = (const float *)t->b + tap * t->b_tap;
-        DOT__ROWS_OF_TILE(DOT__WIDE_ROW)
-        int64_t k = 0;
-        for (; k + 2 <= t->depth; k += 2, b += 2 * DOT__COLUMNS) {
-            __m512 b0 = _mm512_loadu_ps(b), b1 = _mm512_loadu_ps(b + DOT__COLUMNS);
-            DOT__ROWS_OF_TILE(DOT__WIDE_EVEN)
-            DOT__ROWS_OF_TILE(DOT__WIDE_ODD)
-        }
-        if (k < t->depth) {
-            __m512 b0 = _mm512_loadu_ps(b);
-            DOT__ROWS_OF_TILE(DOT__WIDE_EVEN)
-        }
-    }
-    DOT__ROWS_OF_TILE(DOT__WIDE_STORE)
-}
-
-#define DOT__WIDE_OUTER_EVEN(i)  e##i = _mm512_fmadd_ps(_mm512_set1_ps(a0[i]), b0, e##i);
-#define DOT__WIDE_OUTER_ODD(i)   o##i = _mm512_fmadd_ps(_mm512_set1_ps(a1[i]), b1, o##i);
-#define DOT__WIDE_OUTER_STORE(i) if (t->rows > i) \
-    dot__store_row_avx512(_mm512_add_ps(e##i, o##i), (float *)t->w + i * t->w_row, t->columns, t->accumulate);
-
-DOT__TARGET_AVX512 static void dot__outer_avx512(const dot__outer_tile *t)
-{
-    __m512 s = _mm512_setzero_ps();
-    DOT__ROWS_OF_TILE(DOT__WIDE_START)
-    int64_t p = 0;
-    for (; p + 2 <= t->count; p += 2) {
-        const float *a0 = (const float *)t->a[p] + t->a_at, *a1 = (const float *)t->a[p + 1] + t->a_at;
-        __m512 b0 = _mm512_loadu_ps((const float *)t->d[p] + t->d_at), b1 = _mm512_loadu_ps((const float *)t->d[p + 1] + t->d_at);
-        DOT__ROWS_OF_TILE(DOT__WIDE_OUTER_EVEN)
-        DOT__ROWS_OF_TILE(DOT__WIDE_OUTER_ODD)
-    }
-    if (p < t->count) {
-        const float *a0 = (const float *)t->a[p] + t->a_at;
-        __m512 b0 = _mm512_loadu_ps((const float *)t->d[p] + t->d_at);
-        DOT__ROWS_OF_TILE(DOT__WIDE_OUTER_EVEN)
-    }
-    DOT__ROWS_OF_TILE(DOT__WIDE_OUTER_STORE)
-}
-
-/* max takes its second operand where one is NaN: NaN stays. */
-DOT__TARGET_AVX2 static void dot__relu_avx2(const void *xs, void *ys, int64_t n)
-{
-    const float *x = (const float *)xs;
-    float *y = (float *)ys;
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, _mm256_max_ps(_mm256_setzero_ps(), _mm256_loadu_ps(x + i)));
-    dot__map_RELU_f32(x + i, y + i, n - i, 0, 0);
-}
-
-/* dy times 1 or 0, not a selection: a NaN or infinity of dy meets the same arithmetic as in the rest. */
-DOT__TARGET_AVX2 static void dot__relu_backward_avx2(const void *ys, const void *dys, void *dxs, int64_t n, bool add)
-{
-    const float *y = (const float *)ys, *dy = (const float *)dys;
-    float *dx = (float *)dxs;
-    __m256 zero = _mm256_setzero_ps(), one = _mm256_set1_ps(1);
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        __m256 slope = _mm256_and_ps(_mm256_cmp_ps(_mm256_loadu_ps(y + i), zero, _CMP_GT_OQ), one);
-        __m256 d = _mm256_mul_ps(_mm256_loadu_ps(dy + i), slope);
-        _mm256_storeu_ps(dx + i, add ? _mm256_add_ps(_mm256_loadu_ps(dx + i), d) : d);
-    }
-    dot__map_back_RELU_f32(y + i, y + i, dy + i, dx + i, n - i, 0, 0, add);
-}
-#endif
-
-#define DOT__F64_KERNELS { "portable", dot__tile_f64, dot__outer_f64, dot__dot_f64, dot__relu_f64, dot__relu_backward_f64 }
-static const dot__kernels dot__kernels_portable[2] = {
-    { "portable", dot__tile_f32, dot__outer_f32, dot__dot_f32, dot__relu_f32, dot__relu_backward_f32 }, DOT__F64_KERNELS,
-};
-#ifdef DOT__AVX2
-static const dot__kernels dot__kernels_avx2[2] = {
-    { "avx2", dot__tile_avx2, dot__outer_avx2, dot__dot_avx2, dot__relu_avx2, dot__relu_backward_avx2 }, DOT__F64_KERNELS,
-};
-static const dot__kernels dot__kernels_avx512[2] = {
-    { "avx512", dot__tile_avx512, dot__outer_avx512, dot__dot_avx2, dot__relu_avx2, dot__relu_backward_avx2 }, DOT__F64_KERNELS,
-};
-#endif
-
-/* The one place where an instruction set is chosen. */
-static const dot__kernels *dot__kernel(const dot_context *ctx, dot_dtype dtype)
-{
-#ifdef DOT__AVX2
-    if (ctx->simd && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        return &(__builtin_cpu_supports("avx512f") ? dot__kernels_avx512 : dot__kernels_avx2)[dtype == DOT_F64];
-#endif
-    (void)ctx;
-    return &dot__kernels_portable[dtype == DOT_F64];
-}
-
-const char *dot_kernels(const dot_context *ctx)
-{
-    return ctx ? dot__kernel(ctx, ctx->dtype)->name : NULL;
-}
-
-/* ---- elementwise jobs of one argument ---- */
-
-#define DOT__MAP_PIECES(T, S) \
-static void dot__map_piece_##S(void *argument, int lane, int64_t piece) \
-{ \
-    dot__map *job = (dot__map *)argument; \
-    int64_t n, i = dot__part(job->n, piece, DOT__PIECE, &n); \
-    const T *x = (T *)dot__lane(job->x, lane) + i; \
-    T *y = (T *)dot__lane(job->y, lane) + i; \
-    if (job->op == DOT__RELU) job->kernel->relu(x, y, n); \
-    else dot__maps_##S[job->op].forward(x, y, n, (T)job->p, (T)job->q); \
-} \
-static void dot__map_back_piece_##S(void *argument, int lane, int64_t piece) \
-{ \
-    dot__map *job = (dot__map *)argument; \
-    int64_t n, i = dot__part(job->n, piece, DOT__PIECE, &n); \
-    const T *x = (T *)dot__lane(job->x, lane) + i, *y = (T *)dot__lane(job->y, lane) + i, *dy = (T *)dot__lane(job->dy, lane) + i; \
-    T *dx = (T *)dot__lane(job->dx, lane) + i; \
-    if (job->op == DOT__RELU) job->kernel->relu_backward(y, dy, dx, n, job->accumulate); \
-    else dot__maps_##S[job->op].backward(x, y, dy, dx, n, (T)job->p, (T)job->q, job->accumulate); \
-}
-DOT__MAP_PIECES(float, f32)
-DOT__MAP_PIECES(double, f64)
-
-static void dot__cpu_map(dot_context *ctx, dot__map *job)
-{
-    job->kernel = dot__kernel(ctx, job->dtype);
-    dot__parallel(ctx, job->laned, dot__ceil_div(job->n, DOT__PIECE),
-                  job->dtype == DOT_F32 ? dot__map_piece_f32 : dot__map_piece_f64, job);
-}
-
-static void dot__cpu_map_backward(dot_context *ctx, dot__map *job)
-{
-    job->kernel = dot__kernel(ctx, job->dtype);
-    dot__parallel(ctx, job->laned, dot__ceil_div(job->n, DOT__PIECE),
-                  job->dtype == DOT_F32 ? dot__map_back_piece_f32 : dot__map_back_piece_f64, job);
-}
-
 /* ---- the matrix product: addressing ---- */
 
-static const double dot__zeros[DOT__DEPTH + DOT__COLUMNS] = { 0 };     /* the row that padding reads */
+static const double dot__zeros[DOT__DEPTH + DOT__MAX_COLUMNS] = { 0 };     /* the row that padding reads */
 
 static int64_t dot__positions(const dot__rows *r) { return r->axis[0].count * r->axis[1].count * r->axis[2].count; }
 static int dot__tap_count(const dot__rows *r) { return r->axis[0].taps * r->axis[1].taps * r->axis[2].taps; }
@@ -3345,44 +3428,69 @@ static void dot__position_next(const dot__rows *r, dot__position *p)
     p->image++;
 }
 
-DOT__INLINE int64_t dot__to_offset(const dot__rows *r, const dot__position *p)
+/* Rows that differ only in their position along the last axis are a run: what the other two axes give is the same for all. */
+DOT__INLINE int64_t dot__run(const dot__rows *r, const dot__position *p, int64_t most)
 {
-    return p->image * r->to_image + r->axis[0].to[p->at[0]] + r->axis[1].to[p->at[1]] + r->axis[2].to[p->at[2]];
+    return dot__min(most, r->axis[2].count - p->at[2]);
 }
 
-/* Calls visit for the taps [first, last) of a row: offset of the row's elements, or -1 for padding. */
-DOT__INLINE void dot__tap_offsets(const dot__rows *r, const dot__position *p, int first, int last, int64_t *offsets)
+/* n rows on, within a run or to its end. */
+DOT__INLINE void dot__advance(const dot__rows *r, dot__position *p, int64_t n)
+{
+    p->at[2] += n - 1;
+    dot__position_next(r, p);
+}
+
+/* What a tap reads in a run: row i reads elements from `line + z[i * step]` of the array on; it is padding where `outside` or
+   z[i * step] < 0. */
+typedef struct dot__tap_run { bool outside; int64_t line; const int32_t *z; int step; } dot__tap_run;
+
+DOT__INLINE dot__tap_run dot__tap_of(const dot__rows *r, const dot__position *p, int tap)
 {
     const dot__axis *x = &r->axis[0], *y = &r->axis[1], *z = &r->axis[2];
-    const int32_t *fx = x->from + p->at[0] * x->taps, *fy = y->from + p->at[1] * y->taps, *fz = z->from + p->at[2] * z->taps;
-    int64_t image = p->image * r->from_image;
-    int tap = 0;
-    for (int i = 0; i < x->taps; ++i)
-        for (int j = 0; j < y->taps; ++j) {
-            if (tap + z->taps <= first || tap >= last) { tap += z->taps; continue; }
-            bool outside = fx[i] < 0 || fy[j] < 0;
-            int64_t base = image + fx[i] + fy[j];
-            for (int k = 0; k < z->taps; ++k, ++tap)
-                if (tap >= first && tap < last) offsets[tap - first] = outside || fz[k] < 0 ? -1 : base + fz[k];
-        }
+    int k = tap % z->taps, j = tap / z->taps % y->taps, i = tap / z->taps / y->taps;
+    int32_t fx = x->from[p->at[0] * x->taps + i], fy = y->from[p->at[1] * y->taps + j];
+    dot__tap_run t;
+    t.outside = (fx | fy) < 0;
+    t.line = p->image * r->from_image + fx + fy;
+    t.z = z->from + p->at[2] * z->taps + k;
+    t.step = z->taps;
+    return t;
 }
 
-/* Copies the patches of a few rows, where a tap is too short to be worth a pointer: to[row][tap][k]. */
+/* Whether row i simply is image i. */
+DOT__INLINE bool dot__is_matrix(const dot__rows *r)
+{
+    for (int i = 0; i < 3; ++i)
+        if (r->axis[i].count != 1 || r->axis[i].taps != 1 || r->axis[i].from[0] != 0) return false;
+    return true;
+}
+
+/* Copies the patches of rows where a tap is too short to be worth a pointer: to[row][tap][k]. Whole lines of a patch are copied
+   four elements at a time; what is too much is overwritten by the next line, or lies in the slack of `to`. */
+#define DOT__PATCH_SLACK 4
 #define DOT__PATCHES(T, S) \
-static void dot__patch_##S(const dot__rows *r, const dot__position *p, int64_t depth, const void *from, void *patch) \
+static void dot__patches_##S(const dot__rows *r, dot__position at, int64_t rows, int64_t depth, const void *from, void *patches) \
 { \
     const dot__axis *x = &r->axis[0], *y = &r->axis[1], *z = &r->axis[2]; \
-    const int32_t *fx = x->from + p->at[0] * x->taps, *fy = y->from + p->at[1] * y->taps, *fz = z->from + p->at[2] * z->taps; \
-    const T *a = (const T *)from + p->image * r->from_image; \
-    T *to = (T *)patch; \
-    for (int i = 0; i < x->taps; ++i) \
-        for (int j = 0; j < y->taps; ++j) { \
-            const T *line = a + fx[i] + fy[j]; \
-            bool outside = (fx[i] | fy[j]) < 0; \
-            for (int k = 0; k < z->taps; ++k, to += depth) \
-                if (outside || fz[k] < 0) for (int64_t c = 0; c < depth; ++c) to[c] = (T)0; \
-                else for (int64_t c = 0; c < depth; ++c) to[c] = line[fz[k] + c]; \
-        } \
+    int64_t length = z->taps * depth; \
+    T *to = (T *)patches; \
+    for (; rows > 0; --rows, dot__position_next(r, &at)) { \
+        const int32_t *fx = x->from + at.at[0] * x->taps, *fy = y->from + at.at[1] * y->taps, *fz = z->from + at.at[2] * z->taps; \
+        const T *a = (const T *)from + at.image * r->from_image; \
+        bool whole = fz[0] >= 0 && fz[z->taps - 1] - fz[0] == length - depth; \
+        for (int i = 0; i < x->taps; ++i) \
+            for (int j = 0; j < y->taps; ++j, to += length) { \
+                if ((fx[i] | fy[j]) < 0) { \
+                    for (int64_t c = 0; c < length; ++c) to[c] = (T)0; \
+                    continue; \
+                } \
+                const T *line = a + fx[i] + fy[j]; \
+                if (whole) for (int64_t c = 0; c < length; c += DOT__PATCH_SLACK) memcpy(to + c, line + fz[0] + c, DOT__PATCH_SLACK * sizeof(T)); \
+                else for (int k = 0; k < z->taps; ++k) \
+                    for (int64_t c = 0; c < depth; ++c) to[k * depth + c] = fz[k] < 0 ? (T)0 : line[fz[k] + c]; \
+            } \
+    } \
 }
 DOT__PATCHES(float, f32)
 DOT__PATCHES(double, f64)
@@ -3415,10 +3523,10 @@ static void dot__pack_piece_##S(void *argument, int lane, int64_t piece) \
 { \
     dot__gemm_plan *plan = (dot__gemm_plan *)argument; \
     dot__gemm *job = plan->job; \
-    int64_t batch = piece / plan->panels, panel = piece % plan->panels, depth = job->depth; \
-    int taps = dot__tap_count(&job->rows), n = (int)dot__min(DOT__COLUMNS, job->columns - panel * DOT__COLUMNS); \
-    T *to = (T *)(void *)(plan->packed + (size_t)lane * plan->packed_lane) + piece * taps * depth * DOT__COLUMNS; \
-    const T *from = (T *)dot__lane(job->b, lane) + batch * job->b_batch + panel * DOT__COLUMNS * job->b_column; \
+    int64_t batch = piece / plan->panels, panel = piece % plan->panels, depth = job->depth, width = plan->kernel->columns; \
+    int taps = dot__tap_count(&job->rows), n = (int)dot__min(width, job->columns - panel * width); \
+    T *to = (T *)(void *)(plan->packed + (size_t)lane * plan->packed_lane) + piece * taps * depth * width; \
+    const T *from = (T *)dot__lane(job->b, lane) + batch * job->b_batch + panel * width * job->b_column; \
     for (int tap = 0; tap < taps; ++tap) { \
         const T *b = from + dot__tap_weight(&job->rows, tap); \
         if (plan->narrow) {             /* [column][tap][k] */ \
@@ -3426,16 +3534,18 @@ static void dot__pack_piece_##S(void *argument, int lane, int64_t piece) \
                 for (int64_t k = 0; k < depth; ++k) to[(j * taps + tap) * depth + k] = b[k * job->b_row + j * job->b_column]; \
             continue; \
         } \
-        if (job->b_column == 1 && n == DOT__COLUMNS) \
-            for (int64_t k = 0; k < depth; ++k, to += DOT__COLUMNS) memcpy(to, b + k * job->b_row, DOT__COLUMNS * sizeof(T)); \
+        if (job->b_column == 1 && n == width) \
+            for (int64_t k = 0; k < depth; ++k, to += width) memcpy(to, b + k * job->b_row, (size_t)width * sizeof(T)); \
         else \
-            for (int64_t k = 0; k < depth; ++k, to += DOT__COLUMNS) \
-                for (int j = 0; j < DOT__COLUMNS; ++j) to[j] = j < n ? b[k * job->b_row + j * job->b_column] : (T)0; \
+            for (int64_t k = 0; k < depth; ++k, to += width) { \
+                for (int j = 0; j < n; ++j) to[j] = b[k * job->b_row + j * job->b_column]; \
+                for (int64_t j = n; j < width; ++j) to[j] = (T)0; \
+            } \
     } \
     if (job->bias.data) { \
-        T *bias = (T *)(void *)(plan->bias + (size_t)lane * plan->bias_lane) + piece * DOT__COLUMNS; \
-        const T *source = (T *)dot__lane(job->bias, lane) + batch * job->columns + panel * DOT__COLUMNS; \
-        for (int j = 0; j < DOT__COLUMNS; ++j) bias[j] = j < n ? source[j] : (T)0; \
+        T *bias = (T *)(void *)(plan->bias + (size_t)lane * plan->bias_lane) + piece * width; \
+        const T *source = (T *)dot__lane(job->bias, lane) + batch * job->columns + panel * width; \
+        for (int j = 0; j < width; ++j) bias[j] = j < n ? source[j] : (T)0; \
     } \
 }
 DOT__PACK(float, f32)
@@ -3445,9 +3555,9 @@ static void dot__gemm_planning(dot_context *ctx, dot__gemm_plan *plan, dot__gemm
 {
     memset(plan, 0, sizeof *plan);
     plan->job = job;
-    plan->kernel = dot__kernel(ctx, job->dtype);
+    plan->kernel = dot__kernel_for(ctx, job->dtype, job->columns);
     plan->rows = job->rows.images * dot__positions(&job->rows);
-    plan->panels = dot__ceil_div(job->columns, DOT__COLUMNS);
+    plan->panels = dot__ceil_div(job->columns, plan->kernel->columns);
     plan->taps = dot__tap_count(&job->rows);
     plan->depth = job->depth;
     plan->patches = plan->taps > 1 && plan->depth < 8 && plan->taps * plan->depth <= DOT__DEPTH;
@@ -3460,17 +3570,18 @@ static void dot__gemm_planning(dot_context *ctx, dot__gemm_plan *plan, dot__gemm
     plan->depth_parts = (int)dot__max(1, dot__ceil_div(plan->depth, DOT__DEPTH));
     plan->depth_part = dot__round_up(dot__ceil_div(plan->depth, plan->depth_parts), 8);
     /* Pieces of about a million multiplications, and at least a dozen of them if the shape allows. */
-    int64_t k = dot__max(1, plan->taps * plan->depth), width = dot__max(1, dot__min(plan->panels, 8));
-    plan->row_piece = dot__max(48, ((int64_t)1 << 20) / (k * width * DOT__COLUMNS));
-    plan->row_piece = dot__round_up(dot__min(plan->row_piece, 4096), DOT__ROWS);
+    int64_t k = dot__max(1, plan->taps * plan->depth), width = dot__max(1, dot__min(plan->panels, 128 / plan->kernel->columns));
+    plan->row_piece = dot__max(48, ((int64_t)1 << 20) / (k * width * plan->kernel->columns));
+    plan->row_piece = dot__round_up(dot__min(plan->row_piece, 4096), plan->kernel->rows);
     plan->row_pieces = dot__ceil_div(plan->rows, plan->row_piece);
-    plan->row_piece = dot__round_up(dot__ceil_div(plan->rows, dot__max(1, plan->row_pieces)), DOT__ROWS);
+    plan->row_piece = dot__round_up(dot__ceil_div(plan->rows, dot__max(1, plan->row_pieces)), plan->kernel->rows);
     while (width > 1 && plan->row_pieces * dot__ceil_div(plan->panels, width) * job->batch < 12) width = (width + 1) / 2;
     plan->column_piece = width;
     plan->column_pieces = dot__ceil_div(plan->panels, width);
 }
 
-/* The pointers of a block of rows: a[tap][tile][row of the tile], and c[tile][row]. Rows beyond the end repeat the first. */
+/* The pointers of a block of rows: a[tile][tap][row of the tile], and c[row]. Rows beyond the end repeat the first of their tile:
+   reading them is harmless. */
 typedef struct dot__row_block {
     const void *a[DOT__TAPS * DOT__ROW_BLOCK];
     void *c[DOT__ROW_BLOCK];
@@ -3478,22 +3589,24 @@ typedef struct dot__row_block {
 
 /* One block of rows and of k's, all panels of the piece: panel by panel, so that a panel stays in L1. */
 static void dot__gemm_block(const dot__gemm_plan *plan, dot__row_block *block, int64_t rows, int taps, int64_t depth, const char *panel0,
-                            size_t panel_bytes, int64_t panels, int64_t first_panel, const char *bias, bool accumulate)
+                            size_t panel_bytes, int64_t panels, int64_t first_panel, const char *bias, bool accumulate, bool relu)
 {
     size_t element = dot_dtype_size(plan->job->dtype);
+    int height = plan->kernel->rows, width = plan->kernel->columns;
     dot__tile tile;
     tile.taps = taps;
     tile.depth = depth;
-    tile.b_tap = plan->depth * DOT__COLUMNS;
+    tile.b_tap = plan->depth * width;
     tile.accumulate = accumulate;
+    tile.relu = relu;
     for (int64_t j = 0; j < panels; ++j) {
-        int64_t column = (first_panel + j) * DOT__COLUMNS;
-        tile.columns = (int)dot__min(DOT__COLUMNS, plan->job->columns - column);
+        int64_t column = (first_panel + j) * width;
+        tile.columns = (int)dot__min(width, plan->job->columns - column);
         tile.b = panel0 + (size_t)j * panel_bytes;
-        tile.bias = bias ? bias + (size_t)j * DOT__COLUMNS * element : NULL;
-        for (int64_t i = 0; i < rows; i += DOT__ROWS) {
-            void *c[DOT__ROWS];
-            tile.rows = (int)dot__min(DOT__ROWS, rows - i);
+        tile.bias = bias ? bias + (size_t)(j * width) * element : NULL;
+        for (int64_t i = 0; i < rows; i += height) {
+            void *c[DOT__MAX_ROWS];
+            tile.rows = (int)dot__min(height, rows - i);
             for (int r = 0; r < tile.rows; ++r) c[r] = (char *)block->c[i + r] + (size_t)column * element;
             tile.c = c;
             tile.a = block->a + i * taps;
@@ -3506,21 +3619,37 @@ static void dot__gemm_block(const dot__gemm_plan *plan, dot__row_block *block, i
 static void dot__gemm_pointers(const dot__gemm_plan *plan, dot__row_block *block, const char *a, dot__position at, int64_t rows,
                                int first, int taps, int64_t k0)
 {
+    const dot__rows *r = &plan->job->rows;
     size_t element = dot_dtype_size(plan->job->dtype);
-    int64_t offsets[DOT__TAPS];
-    for (int64_t i = 0; i < rows; ++i) {
-        const void **tile = block->a + (i - i % DOT__ROWS) * taps + i % DOT__ROWS;
-        dot__tap_offsets(&plan->job->rows, &at, first, first + taps, offsets);
-        for (int tap = 0; tap < taps; ++tap)
-            tile[tap * DOT__ROWS] = offsets[tap] < 0 ? (const void *)dot__zeros
-                                                     : (const void *)(a + (size_t)(offsets[tap] + k0) * element);
-        dot__position_next(&plan->job->rows, &at);
-    }
-    for (int64_t i = rows; i % DOT__ROWS != 0; ++i)
+    int height = plan->kernel->rows;
+    a += (size_t)k0 * element;
+    if (dot__is_matrix(r))
+        for (int64_t i = 0; i < rows; ++i) block->a[i] = a + (size_t)((at.image + i) * r->from_image) * element;
+    else for (int64_t row = 0, n; row < rows; row += n, dot__advance(r, &at, n)) {
+        n = dot__run(r, &at, rows - row);
         for (int tap = 0; tap < taps; ++tap) {
-            const void **tile = block->a + (i - i % DOT__ROWS) * taps;
-            tile[tap * DOT__ROWS + i % DOT__ROWS] = tile[tap * DOT__ROWS];
+            dot__tap_run t = dot__tap_of(r, &at, first + tap);
+            const void **slot = block->a + (row - row % height) * taps + tap * height + row % height;
+            int64_t left = height - row % height;
+            for (int64_t i = 0; i < n; ++i, t.z += t.step) {
+                *slot++ = t.outside || *t.z < 0 ? (const void *)dot__zeros : (const void *)(a + (size_t)(t.line + *t.z) * element);
+                if (--left == 0) { slot += height * (taps - 1); left = height; }
+            }
         }
+    }
+    const void **last = block->a + (rows - rows % height) * taps;
+    for (int64_t i = rows % height; i % height != 0; ++i)
+        for (int tap = 0; tap < taps; ++tap) last[tap * height + i] = last[tap * height];
+}
+
+/* Where the rows of C are. */
+static void dot__gemm_targets(const dot__rows *r, dot__position at, int64_t rows, char *c, size_t element, void **to)
+{
+    for (int64_t n; rows > 0; rows -= n, dot__advance(r, &at, n)) {
+        n = dot__run(r, &at, rows);
+        char *line = c + (size_t)(at.image * r->to_image + r->axis[0].to[at.at[0]] + r->axis[1].to[at.at[1]]) * element;
+        for (int64_t i = 0; i < n; ++i) *to++ = line + (size_t)r->axis[2].to[at.at[2] + i] * element;
+    }
 }
 
 static void dot__activate(const dot__kernels *kernel, dot_dtype dtype, dot_activation activation, void *c, int64_t n)
@@ -3531,26 +3660,26 @@ static void dot__activate(const dot__kernels *kernel, dot_dtype dtype, dot_activ
     else dot__maps_f64[op[activation]].forward((double *)c, (double *)c, n, 0, 0);
 }
 
-#define DOT__NARROW_PIECE(T, S) \
+/* One row of a product of few columns: C[row][column] as dot products. */
+#define DOT__NARROW_ROW(T, S) \
 static void dot__narrow_row_##S(const dot__gemm_plan *plan, const dot__position *at, const void *from, const void *weight, \
                                 const void *start, void *to) \
 { \
     const T *a = (const T *)from, *b = (const T *)weight, *bias = (const T *)start; \
     T *c = (T *)to, sum[DOT__NARROW]; \
-    int64_t offsets[DOT__TAPS]; \
     int n = (int)plan->job->columns; \
     for (int j = 0; j < n; ++j) sum[j] = bias ? bias[j] : (T)0; \
-    for (int first = 0; first < plan->taps; first += DOT__TAPS) { \
-        int taps = (int)dot__min(DOT__TAPS, plan->taps - first); \
-        dot__tap_offsets(&plan->job->rows, at, first, first + taps, offsets); \
-        for (int tap = 0; tap < taps; ++tap) \
-            for (int j = 0; j < n && offsets[tap] >= 0; ++j) \
-                sum[j] += (T)plan->kernel->dot(a + offsets[tap], b + (j * plan->taps + first + tap) * plan->depth, plan->depth); \
+    for (int tap = 0; tap < plan->taps; ++tap) { \
+        dot__tap_run t = dot__tap_of(&plan->job->rows, at, tap); \
+        if (t.outside || *t.z < 0) continue; \
+        for (int j = 0; j < n; ++j) \
+            sum[j] += (T)plan->kernel->dot(a + t.line + *t.z, b + (j * plan->taps + tap) * plan->depth, plan->depth); \
     } \
     for (int j = 0; j < n; ++j) c[j] = plan->job->accumulate ? c[j] + sum[j] : sum[j]; \
+    if (plan->job->activation != DOT_NONE) dot__activate(plan->kernel, plan->job->dtype, plan->job->activation, c, n); \
 }
-DOT__NARROW_PIECE(float, f32)
-DOT__NARROW_PIECE(double, f64)
+DOT__NARROW_ROW(float, f32)
+DOT__NARROW_ROW(double, f64)
 
 /* A piece: some rows and some panels of one product of the batch. */
 static void dot__gemm_piece(void *argument, int lane, int64_t piece)
@@ -3559,47 +3688,47 @@ static void dot__gemm_piece(void *argument, int lane, int64_t piece)
     const dot__gemm *job = plan->job;
     size_t element = dot_dtype_size(job->dtype);
     int64_t column = piece % plan->column_pieces, row = piece / plan->column_pieces % plan->row_pieces;
-    int64_t batch = piece / plan->column_pieces / plan->row_pieces;
+    int64_t batch = piece / plan->column_pieces / plan->row_pieces, height = plan->kernel->rows, width = plan->kernel->columns;
     int64_t first_panel = column * plan->column_piece, panels = dot__min(plan->column_piece, plan->panels - first_panel);
     int64_t first = row * plan->row_piece, last = dot__min(plan->rows, first + plan->row_piece);
-    int64_t columns = dot__min(panels * DOT__COLUMNS, job->columns - first_panel * DOT__COLUMNS);
-    int64_t panel_elements = plan->taps * plan->depth * DOT__COLUMNS, panel0 = batch * plan->panels + first_panel;
+    int64_t columns = dot__min(panels * width, job->columns - first_panel * width);
+    int64_t panel_elements = plan->taps * plan->depth * width, panel0 = batch * plan->panels + first_panel;
     const char *a = (const char *)dot__lane(job->a, lane) + (size_t)(batch * job->a_batch) * element;
     char *c = (char *)dot__lane(job->c, lane) + (size_t)(batch * job->c_batch) * element;
     const char *b = plan->packed + (size_t)lane * plan->packed_lane + (size_t)(panel0 * panel_elements) * element;
-    const char *bias = job->bias.data ? plan->bias + (size_t)lane * plan->bias_lane + (size_t)panel0 * DOT__COLUMNS * element : NULL;
+    const char *bias = job->bias.data ? plan->bias + (size_t)lane * plan->bias_lane + (size_t)(panel0 * width) * element : NULL;
+    bool relu = job->activation == DOT_RELU;
     dot__row_block block;
-    double patches[DOT__ROWS * 4 * DOT__DEPTH];
-    int64_t step = plan->patches ? DOT__ROWS * 4 : DOT__ROW_BLOCK;
+    double patches[DOT__MAX_ROWS * 4 * DOT__DEPTH + DOT__PATCH_SLACK];
+    int64_t step = plan->patches ? height * 4 : DOT__ROW_BLOCK;
     dot__position at = dot__position_of(&job->rows, first);
     for (int64_t r = first; r < last; r += step) {
         int64_t rows = dot__min(step, last - r);
         dot__position start = at;
+        dot__gemm_targets(&job->rows, start, rows, c, element, block.c);
         for (int64_t i = 0; i < rows; ++i) {
-            block.c[i] = c + (size_t)dot__to_offset(&job->rows, &at) * element;
-            if (plan->narrow)
-                DOT__CALL(job->dtype, dot__narrow_row, (plan, &at, a, b, bias, block.c[i]));
-            if (plan->patches) {
-                char *patch = (char *)patches + (size_t)(i * plan->depth) * element;
-                DOT__CALL(job->dtype, dot__patch, (&job->rows, &at, job->depth, a, patch));
-                block.a[i] = patch;
-            }
+            if (plan->narrow) DOT__CALL(job->dtype, dot__narrow_row, (plan, &at, a, b, bias, block.c[i]));
             dot__position_next(&job->rows, &at);
         }
-        for (int64_t i = rows; plan->patches && i % DOT__ROWS != 0; ++i) block.a[i] = block.a[i - i % DOT__ROWS];
-        for (int group = 0; group < plan->groups_of_taps && !plan->narrow; ++group) {
+        if (plan->narrow) continue;
+        if (plan->patches) {
+            DOT__CALL(job->dtype, dot__patches, (&job->rows, start, rows, job->depth, a, patches));
+            for (int64_t i = 0; i < dot__round_up(rows, height); ++i)
+                block.a[i] = (char *)patches + (size_t)((i < rows ? i : i - i % height) * plan->depth) * element;
+        }
+        for (int group = 0; group < plan->groups_of_taps; ++group) {
             int tap = group * plan->taps_a_group, taps = (int)dot__min(plan->taps_a_group, plan->taps - tap);
             for (int part = 0; part < plan->depth_parts; ++part) {
                 int64_t k = part * plan->depth_part, depth = dot__min(plan->depth_part, plan->depth - k);
-                bool initial = group == 0 && part == 0;
+                bool initial = group == 0 && part == 0, final = group == plan->groups_of_taps - 1 && part == plan->depth_parts - 1;
                 if (!plan->patches) dot__gemm_pointers(plan, &block, a, start, rows, tap, taps, k);
-                dot__gemm_block(plan, &block, rows, taps, depth, b + (size_t)((tap * plan->depth + k) * DOT__COLUMNS) * element,
+                dot__gemm_block(plan, &block, rows, taps, depth, b + (size_t)((tap * plan->depth + k) * width) * element,
                                 (size_t)panel_elements * element, panels, first_panel, initial ? bias : NULL,
-                                job->accumulate || !initial);
+                                job->accumulate || !initial, relu && final);
             }
         }
-        for (int64_t i = 0; i < rows && job->activation != DOT_NONE; ++i)
-            dot__activate(plan->kernel, job->dtype, job->activation, (char *)block.c[i] + (size_t)first_panel * DOT__COLUMNS * element, columns);
+        for (int64_t i = 0; i < rows && job->activation != DOT_NONE && !relu; ++i)
+            dot__activate(plan->kernel, job->dtype, job->activation, (char *)block.c[i] + (size_t)(first_panel * width) * element, columns);
     }
 }
 
@@ -3608,11 +3737,11 @@ static bool dot__cpu_gemm(dot_context *ctx, dot__gemm *job)
     dot__gemm_plan plan;
     dot__gemm_planning(ctx, &plan, job);
     if (plan.rows == 0 || job->columns == 0 || job->batch == 0) return true;
-    size_t element = dot_dtype_size(job->dtype), panels = (size_t)(plan.panels * job->batch);
+    size_t element = dot_dtype_size(job->dtype), panels = (size_t)(plan.panels * job->batch), width = (size_t)plan.kernel->columns;
     int64_t lanes = job->laned ? ctx->lanes : 1;
     dot__mark mark = dot__scratch_begin(ctx);
-    plan.packed_lane = panels * (size_t)(plan.taps * plan.depth) * DOT__COLUMNS * element;
-    plan.bias_lane = panels * DOT__COLUMNS * element;
+    plan.packed_lane = panels * (size_t)(plan.taps * plan.depth) * width * element;
+    plan.bias_lane = panels * width * element;
     plan.packed = (char *)dot__step_alloc(ctx, plan.packed_lane * (size_t)lanes);
     plan.bias = (char *)dot__step_alloc(ctx, plan.bias_lane * (size_t)lanes);
     if (!plan.packed || !plan.bias) return false;
@@ -3620,6 +3749,52 @@ static bool dot__cpu_gemm(dot_context *ctx, dot__gemm *job)
     dot__parallel(ctx, job->laned, job->batch * plan.row_pieces * plan.column_pieces, dot__gemm_piece, &plan);
     dot__scratch_end(ctx, mark);
     return true;
+}
+
+/* ---- folding: products with all taps are added up where they belong ---- */
+
+#define DOT__FOLD 8                 /* most channels */
+#define DOT__FOLD_RUN 64            /* rows done together */
+
+#define DOT__FOLD_PIECE(T, S) \
+static void dot__fold_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__fold *job = (dot__fold *)argument; \
+    const dot__rows *r = &job->rows; \
+    int64_t left, first = dot__part(r->images * dot__positions(r), piece, DOT__CHUNK, &left), channels = job->channels; \
+    int taps = dot__tap_count(r); \
+    const T *a = (const T *)dot__lane(job->a, lane), *bias = job->bias.data ? (const T *)dot__lane(job->bias, lane) : NULL; \
+    dot__position at = dot__position_of(r, first); \
+    void *to[DOT__FOLD_RUN]; \
+    T sum[DOT__FOLD_RUN * DOT__FOLD]; \
+    for (int64_t n; left > 0; left -= n, dot__advance(r, &at, n)) { \
+        n = dot__run(r, &at, dot__min(left, DOT__FOLD_RUN)); \
+        dot__gemm_targets(r, at, n, (char *)dot__lane(job->c, lane), sizeof(T), to); \
+        for (int64_t i = 0; i < n * channels; ++i) sum[i] = bias ? bias[i % channels] : (T)0; \
+        for (int tap = 0; tap < taps; ++tap) { \
+            dot__tap_run t = dot__tap_of(r, &at, tap); \
+            const T *from = a + t.line + dot__tap_weight(r, tap); \
+            for (int64_t i = 0; i < n && !t.outside; ++i, t.z += t.step) \
+                for (int64_t c = 0; c < channels && *t.z >= 0; ++c) sum[i * channels + c] += from[*t.z + c]; \
+        } \
+        if (job->activation != DOT_NONE) dot__activate(job->kernel, DOT__DTYPE_##S, job->activation, sum, n * channels); \
+        for (int64_t i = 0; i < n; ++i) \
+            for (int64_t c = 0; c < channels; ++c) { \
+                T *out = (T *)to[i] + c; \
+                *out = job->accumulate ? *out + sum[i * channels + c] : sum[i * channels + c]; \
+            } \
+    } \
+}
+#define DOT__DTYPE_f32 DOT_F32
+#define DOT__DTYPE_f64 DOT_F64
+DOT__FOLD_PIECE(float, f32)
+DOT__FOLD_PIECE(double, f64)
+
+static void dot__cpu_fold(dot_context *ctx, dot__fold *job)
+{
+    job->kernel = dot__kernel(ctx, job->dtype);
+    dot__parallel(ctx, job->laned, dot__ceil_div(job->rows.images * dot__positions(&job->rows), DOT__CHUNK),
+                  job->dtype == DOT_F32 ? dot__fold_piece_f32 : dot__fold_piece_f64, job);
 }
 
 /* ---- the gradient of the weight: outer products summed over the rows ---- */
@@ -3638,19 +3813,20 @@ typedef struct dot__outer_plan {
 #define DOT__OUTER_ROWS 192         /* rows whose pointers are made at a time */
 
 /* The rows of one block that a tap reaches: padding contributes nothing and is left out. */
-static int64_t dot__outer_pointers(const dot__outer_plan *plan, dot__position at, int64_t rows, int tap, const char *a, const char *d,
-                                   const void **as, const void **ds)
+static int64_t dot__outer_pointers(const dot__outer_plan *plan, dot__position at, int64_t rows, int tap, const char *a,
+                                   void *const *d, const void **as, const void **ds)
 {
-    const dot__outer *job = plan->job;
-    size_t element = dot_dtype_size(job->dtype);
-    int64_t count = 0, offset = 0;
-    for (int64_t i = 0; i < rows; ++i) {
-        dot__tap_offsets(&job->rows, &at, tap, tap + 1, &offset);
-        if (offset >= 0) {
-            as[count] = a + (size_t)offset * element;
-            ds[count++] = d + (size_t)dot__to_offset(&job->rows, &at) * element;
+    const dot__rows *r = &plan->job->rows;
+    size_t element = dot_dtype_size(plan->job->dtype);
+    int64_t count = 0;
+    for (int64_t n; rows > 0; rows -= n, d += n, dot__advance(r, &at, n)) {
+        dot__tap_run t = dot__tap_of(r, &at, tap);
+        n = dot__run(r, &at, rows);
+        for (int64_t i = 0; i < n && !t.outside; ++i, t.z += t.step) {
+            if (*t.z < 0) continue;
+            as[count] = a + (size_t)(t.line + *t.z) * element;
+            ds[count++] = d[i];
         }
-        dot__position_next(&job->rows, &at);
     }
     return count;
 }
@@ -3659,12 +3835,13 @@ static void dot__outer_tiles(const dot__outer_plan *plan, dot__outer_tile *tile,
                              int64_t column1)
 {
     size_t element = dot_dtype_size(plan->job->dtype);
-    for (int64_t k = k0; k < k1; k += DOT__ROWS)
-        for (int64_t j = column0; j < column1; j += DOT__COLUMNS) {
+    int height = plan->kernel->outer_rows, width = plan->kernel->columns;
+    for (int64_t k = k0; k < k1; k += height)
+        for (int64_t j = column0; j < column1; j += width) {
             tile->a_at = k;
             tile->d_at = j;
-            tile->rows = (int)dot__min(DOT__ROWS, k1 - k);
-            tile->columns = (int)dot__min(DOT__COLUMNS, column1 - j);
+            tile->rows = (int)dot__min(height, k1 - k);
+            tile->columns = (int)dot__min(width, column1 - j);
             tile->w = w + (size_t)(k * plan->job->w_row + j) * element;
             plan->kernel->outer(tile);
         }
@@ -3684,34 +3861,32 @@ static void dot__outer_piece(void *argument, int lane, int64_t piece)
     int64_t part = piece % plan->parts, batch = piece / plan->parts;
     int64_t column1 = dot__min(job->columns, column + plan->column_piece), k1 = dot__min(plan->depth, k0 + plan->k_piece);
     const char *a = (const char *)dot__lane(job->a, lane) + (size_t)(batch * job->a_batch) * element;
-    const char *d = (const char *)dot__lane(job->d, lane) + (size_t)(batch * job->d_batch) * element;
+    char *d = (char *)dot__lane(job->d, lane) + (size_t)(batch * job->d_batch) * element;
     char *w = plan->partial ? plan->partial + ((size_t)lane * (size_t)plan->parts + (size_t)part) * plan->elements * element
                             : (char *)dot__lane(job->w, lane);
     w += (size_t)(batch * job->w_batch) * element;
     const void *as[DOT__OUTER_ROWS], *ds[DOT__OUTER_ROWS];
-    double patches[DOT__OUTER_ROWS * 64 + DOT__COLUMNS];
+    void *rows_of_d[DOT__OUTER_ROWS];
+    double patches[DOT__OUTER_ROWS * 64 + DOT__MAX_COLUMNS];
     dot__outer_tile tile;
     tile.a = as;
-    tile.d = ds;
     tile.w_row = job->w_row;
     int64_t first = part * plan->part_rows, last = dot__min(plan->rows, first + plan->part_rows);
     for (int64_t r = first; r < last || r == first; r += DOT__OUTER_ROWS) {
         int64_t rows = dot__max(0, dot__min(DOT__OUTER_ROWS, last - r));
         dot__position at = dot__position_of(&job->rows, r);
+        dot__gemm_targets(&job->rows, at, rows, d, element, rows_of_d);
         tile.accumulate = r > first || (job->accumulate && !plan->partial);
         if (plan->patches) {
-            for (int64_t i = 0; i < rows; ++i) {
-                char *patch = (char *)patches + (size_t)(i * plan->depth) * element;
-                DOT__CALL(job->dtype, dot__patch, (&job->rows, &at, job->depth, a, patch));
-                as[i] = patch;
-                ds[i] = d + (size_t)dot__to_offset(&job->rows, &at) * element;
-                dot__position_next(&job->rows, &at);
-            }
+            DOT__CALL(job->dtype, dot__patches, (&job->rows, at, rows, job->depth, a, patches));
+            for (int64_t i = 0; i < rows; ++i) as[i] = (char *)patches + (size_t)(i * plan->depth) * element;
+            tile.d = (const void *const *)rows_of_d;
             tile.count = rows;
             dot__outer_tiles(plan, &tile, w, k0, k1, column, column1);
         } else
             for (int tap = tap0; tap < tap1; ++tap) {
-                tile.count = dot__outer_pointers(plan, at, rows, tap, a, d, as, ds);
+                tile.d = ds;
+                tile.count = dot__outer_pointers(plan, at, rows, tap, a, rows_of_d, as, ds);
                 dot__outer_tiles(plan, &tile, w + (size_t)dot__tap_weight(&job->rows, tap) * element, k0, k1, column, column1);
             }
     }
@@ -3737,7 +3912,7 @@ static void dot__outer_planning(dot_context *ctx, dot__outer_plan *plan, dot__ou
 {
     memset(plan, 0, sizeof *plan);
     plan->job = job;
-    plan->kernel = dot__kernel(ctx, job->dtype);
+    plan->kernel = dot__kernel_for(ctx, job->dtype, job->columns);
     plan->rows = job->rows.images * dot__positions(&job->rows);
     plan->taps = dot__tap_count(&job->rows);
     plan->depth = job->depth;
@@ -4252,7 +4427,7 @@ static void dot__cpu_entropy_backward(dot_context *ctx, dot__entropy *job)
 
 static const dot__backend dot__cpu = {
     "cpu", dot__cpu_fill, dot__cpu_map, dot__cpu_map_backward, dot__cpu_zip, dot__cpu_zip_backward, dot__cpu_copy, dot__cpu_reduce,
-    dot__cpu_gemm, dot__cpu_outer, dot__cpu_softmax, dot__cpu_softmax_backward, dot__cpu_norm, dot__cpu_norm_backward,
+    dot__cpu_gemm, dot__cpu_fold, dot__cpu_outer, dot__cpu_softmax, dot__cpu_softmax_backward, dot__cpu_norm, dot__cpu_norm_backward,
     dot__cpu_pool, dot__cpu_pool_backward, dot__cpu_gather, dot__cpu_gather_backward, dot__cpu_dropout,
     dot__cpu_loss, dot__cpu_loss_backward, dot__cpu_entropy, dot__cpu_entropy_backward,
 };
@@ -5030,14 +5205,16 @@ static bool dot__rows_of_grid(dot_context *ctx, const dot__geometry *g, dot__row
 }
 
 /* Rows are the positions of the image with remainders `rest` modulo the strides. Position p is read by tap k of grid position
-   (p + padding - k dilation) / stride where that is whole: for a given remainder always by the same taps. */
-static bool dot__rows_of_image_class(dot_context *ctx, const dot__geometry *g, const int64_t *rest, dot__rows *rows)
+   (p + padding - k dilation) / stride where that is whole: for a given remainder always by the same taps. A grid position has
+   `from_channels` elements, and kernel positions are `tap_elements` apart. */
+static bool dot__rows_of_image_class(dot_context *ctx, const dot__geometry *g, const int64_t *rest, int64_t from_channels,
+                                     int64_t tap_elements, dot__rows *rows)
 {
     int64_t from_stride[3], to_stride[3], tap_stride[3];
     int32_t *from, *to, *tap;
-    dot__spatial_strides(g->grid, g->grid_channels, from_stride);
+    dot__spatial_strides(g->grid, from_channels, from_stride);
     dot__spatial_strides(g->image, g->image_channels, to_stride);
-    dot__spatial_strides(g->kernel, g->image_channels / g->groups * g->grid_channels, tap_stride);
+    dot__spatial_strides(g->kernel, tap_elements, tap_stride);
     rows->images = g->batch;
     rows->from_image = g->grid[0] * from_stride[0];
     rows->to_image = g->image[0] * to_stride[0];
@@ -5088,18 +5265,79 @@ static bool dot__convolve(dot_context *ctx, const dot__geometry *g, const dot_te
     return ok;
 }
 
+/* The remainders of class c; false when no position of the image has them. */
+static bool dot__image_class(const dot__geometry *g, int64_t c, int64_t *rest)
+{
+    rest[0] = c / g->stride[2] / g->stride[1];
+    rest[1] = c / g->stride[2] % g->stride[1];
+    rest[2] = c % g->stride[2];
+    return rest[0] < g->image[0] && rest[1] < g->image[1] && rest[2] < g->image[2];
+}
+
+static int64_t dot__image_classes(const dot__geometry *g) { return g->stride[0] * g->stride[1] * g->stride[2]; }
+
+/* An image of few channels would leave most of a tile empty: the grid is multiplied with all taps side by side, as one matrix of
+   taps * channels columns, and the products are folded into the image; some images at a time, so that they stay in the cache. */
+static bool dot__spread_folded(dot_context *ctx, const dot__geometry *g, const dot_tensor *grid, const dot_tensor *weight,
+                               const dot_tensor *bias, dot_activation activation, const dot_tensor *image, bool accumulate)
+{
+    int64_t channels = g->image_channels, columns = g->kernel[0] * g->kernel[1] * g->kernel[2] * channels;
+    int64_t positions = g->grid[0] * g->grid[1] * g->grid[2], pixels = g->image[0] * g->image[1] * g->image[2], rest[3];
+    int64_t group = dot__min(g->batch, dot__max(1, ((int64_t)1 << 18) / (positions * columns))), lanes = dot__laned(image) ? ctx->lanes : 1;
+    size_t element = dot_dtype_size(image->dtype), products = (size_t)(group * positions * columns) * element;
+    dot__mark mark = dot__scratch_begin(ctx);
+    dot__gemm product;
+    dot__fold fold;
+    memset(&product, 0, sizeof product);
+    memset(&fold, 0, sizeof fold);
+    product.dtype = fold.dtype = image->dtype;
+    product.laned = fold.laned = dot__laned(image);
+    product.depth = product.b_column = g->grid_channels;
+    product.columns = columns;
+    product.b_row = product.batch = 1;
+    product.b = dot__array_of(weight);
+    product.c.lane = (int64_t)products;
+    product.c.data = (char *)dot__step_alloc(ctx, products * (size_t)lanes);
+    fold.accumulate = accumulate;
+    fold.activation = activation;
+    fold.channels = channels;
+    fold.a = product.c;
+    fold.bias = dot__array_of(bias);
+    bool ok = product.c.data != NULL;
+    for (int64_t first = 0; ok && first < g->batch; first += group) {
+        dot__geometry some = *g;
+        some.batch = dot__min(group, g->batch - first);
+        product.a = dot__array_of(grid);
+        product.a.data += (size_t)(first * positions * g->grid_channels) * element;
+        dot__matrix_rows(&product.rows, some.batch * positions, g->grid_channels, columns);
+        ok = ctx->backend->gemm(ctx, &product);
+        for (int64_t c = 0; c < dot__image_classes(g) && ok; ++c) {
+            if (!dot__image_class(g, c, rest)) continue;
+            dot__mark table = dot__scratch_begin(ctx);
+            if (!dot__rows_of_image_class(ctx, &some, rest, columns, channels, &fold.rows)) return false;
+            fold.c = dot__array_of(image);
+            fold.c.data += (size_t)(first * pixels * channels) * element;
+            ctx->backend->fold(ctx, &fold);
+            dot__scratch_end(ctx, table);
+        }
+    }
+    dot__scratch_end(ctx, mark);
+    return ok;
+}
+
 static bool dot__spread(dot_context *ctx, const dot__geometry *g, const dot_tensor *grid, const dot_tensor *weight,
                         const dot_tensor *bias, dot_activation activation, const dot_tensor *image, bool accumulate)
 {
     bool ok = true;
-    int64_t classes = g->stride[0] * g->stride[1] * g->stride[2];
-    for (int64_t c = 0; c < classes && ok; ++c) {
-        int64_t rest[3] = { c / g->stride[2] / g->stride[1], c / g->stride[2] % g->stride[1], c % g->stride[2] };
-        if (rest[0] >= g->image[0] || rest[1] >= g->image[1] || rest[2] >= g->image[2]) continue;
+    int64_t rest[3];
+    if (g->groups == 1 && g->image_channels <= DOT__FOLD && weight->size / g->grid_channels <= INT32_MAX / (g->grid[0] * g->grid[1] * g->grid[2]))
+        return dot__spread_folded(ctx, g, grid, weight, bias, activation, image, accumulate);
+    for (int64_t c = 0; c < dot__image_classes(g) && ok; ++c) {
+        if (!dot__image_class(g, c, rest)) continue;
         dot__mark mark = dot__scratch_begin(ctx);
         dot__gemm job;
         memset(&job, 0, sizeof job);
-        if (!dot__rows_of_image_class(ctx, g, rest, &job.rows)) return false;
+        if (!dot__rows_of_image_class(ctx, g, rest, g->grid_channels, g->image_channels / g->groups * g->grid_channels, &job.rows)) return false;
         job.dtype = grid->dtype;
         job.laned = dot__laned(image);
         job.accumulate = accumulate;
