@@ -862,26 +862,38 @@ dot_natural *dot_natural_create(dot_context *ctx, dot_layer *layer, const dot_na
    `loss` may be NULL with EMPIRICAL: the mean of the examples' losses. When something is not finite, theta stays. */
 double dot_natural_step(dot_natural *natural, dot_loss_function loss, dot_indexed_function example, void *user);
 
-/* K-FAC: the natural gradient with F of each linear layer taken as A x G (Kronecker), A = E[a a'] of its inputs (with a 1 for
-   the bias), G = E[g g'] of the gradients at its outputs, both moving averages that begin as I. A layer's gradient M, [in, out],
-   becomes Qa (Qa' M Qg / (da dg' + damping)) Qg' with the eigenvectors and eigenvalues of A and G; all layers' are scaled by
-   min(1, sqrt(kl_clip / (lr^2 sum v M))); parameters of other layers keep their gradient; then SGD with momentum.
-   (Martens, Grosse 2015; the form of alecwangcq/KFAC-Pytorch.) The layer must have been built: from dot_kfac_create on its
-   linear layers remember their inputs and outputs in each training step. A linear layer is used once in a step. The eigenvectors
-   are by Jacobi rotations, O(size^3), one factor a thread: seconds for a factor of 500. */
+/* K-FAC: the natural gradient with F of each linear and convolution layer taken as A x G (Kronecker), both moving averages that
+   begin as I; for the bias there is a 1 at the end of each a. E is the mean over the N rows of a linear layer's input (all axes but
+   the last), or over the N images of a convolution's, [N, spatial..., channels]:
+     linear       A = E[a a'] of the inputs a, G = E[g g'] of the gradients g at the outputs   (Martens, Grosse 2015, section 3)
+     convolution  A = E[sum_t a_t a_t'], G = E[sum_t g_t g_t'] / T, a_t the patch [kernel..., channels] that output position t of T
+                  sees, g_t the gradient there   (KFC: Grosse, Martens 2016, Omega and Gamma of theorem 1)
+   A layer's gradient M, [in, out], becomes v = the solution of A v G + damping v = M through the eigenvectors and eigenvalues of A
+   and G, or what the factored damping makes of it. All layers' v are scaled by min(1, sqrt(kl_clip / (lr^2 sum v M))) (Ba, Grosse,
+   Martens 2017, in the form of alecwangcq/KFAC-Pytorch). Other layers' parameters, and those of transposed convolutions and of
+   convolutions in groups, keep their gradient; then SGD with momentum.
+   The layers must have been built: from dot_kfac_create on those under K-FAC remember their inputs and outputs in each training
+   step. Each is used once in a step. The eigenvectors take O(size^3), one factor a thread: about a second for a factor of 785. */
+typedef enum dot_tikhonov {
+    DOT_TIKHONOV_EXACT,         /* (A x G + damping I)^-1 */
+    DOT_TIKHONOV_FACTORED       /* (A + pi sqrt(damping) I)^-1 x (G + sqrt(damping) / pi I)^-1, pi^2 = (tr A / dim A) / (tr G / dim G):
+                                   Martens, Grosse 2015, section 6.3; pi is 1 where that is not a positive number */
+} dot_tikhonov;
 typedef struct dot_kfac_options {
     uint32_t magic;             /* set by dot_kfac_defaults */
     dot_fisher fisher;          /* DOT_FISHER_SAMPLED: what `statistics` returns, see dot_kfac_step */
     double lr, momentum;        /* 1e-3, 0.9 */
     double decay;               /* 0.95: of the averages; 0: the latest statistics alone */
-    double damping, kl_clip;    /* 1e-3, above 0; 1e-3, above 0 */
+    double damping;             /* 1e-3, above 0 */
+    dot_tikhonov tikhonov;      /* DOT_TIKHONOV_EXACT: how the damping enters */
+    double kl_clip;             /* 1e-3; 0: off */
     int statistics_every;       /* 10 steps, from the first on */
     int inverse_every;          /* 100 */
 } dot_kfac_options;
 dot_kfac_options dot_kfac_defaults(void);
 typedef struct dot_kfac dot_kfac;
 dot_kfac *dot_kfac_create(dot_context *ctx, dot_layer *layer, const dot_kfac_options *options);
-/* One update; returns the loss before it. Losses are means over the rows of the batch. `statistics` begins with dot_step_begin
+/* One update; returns the loss before it. Losses are means over the N rows or images. `statistics` begins with dot_step_begin
    and returns: SAMPLED: the loss with labels drawn from the model's prediction; EMPIRICAL: the loss with its own labels (or
    is NULL: `loss` is taken); GAUSS_NEWTON: the outputs [rows, outputs], for one backward pass each. Statistics and gradients
    that are not finite are left out. */
@@ -9152,14 +9164,102 @@ static void dot__scion(dot__matrix *a)
     for (int64_t i = 0; i < a->n; ++i) a->d[i] *= a->lr * scale;
 }
 
-static void dot__jacobi(double *a, double *b, double *value, int64_t n);
+/* The symmetric a [n][n], its lower triangle, becomes T = Q'A Q: the diagonal to value, T[i][i-1] to a[i-1][i]. b becomes Q'. From the
+   last row up, the reflection I - tau v v' leaves of a row's first i elements v's last; v takes their place. */
+static void dot__tridiagonalize(double *a, double *b, double *value, int64_t n)
+{
+    double *p = b;
+    for (int64_t i = n - 1; i > 0; --i) {
+        double *v = a + i * n, alpha = v[i - 1], rest = dot__norm_of(v, i - 1), beta = alpha, tau = 0, half = 0;
+        if (rest != 0) {
+            beta = alpha > 0 ? -hypot(alpha, rest) : hypot(alpha, rest);
+            tau = (beta - alpha) / beta;
+            for (int64_t j = 0; j < i - 1; ++j) v[j] /= alpha - beta;
+            v[i - 1] = 1;
+            for (int64_t j = 0; j < i; ++j) {
+                const double *row = a + j * n;
+                double sum = row[j] * v[j];
+                for (int64_t k = 0; k < j; ++k) {
+                    sum += row[k] * v[k];
+                    p[k] += row[k] * v[j];
+                }
+                p[j] = sum;
+            }
+            for (int64_t j = 0; j < i; ++j) half += p[j] * v[j];
+            for (int64_t j = 0; j < i; ++j) p[j] = tau * (p[j] - tau * half / 2 * v[j]);
+            for (int64_t j = 0; j < i; ++j)
+                for (int64_t k = 0; k <= j; ++k) a[j * n + k] -= v[j] * p[k] + p[j] * v[k];
+        }
+        a[(i - 1) * n + i] = beta;
+        value[i] = tau;
+    }
+    for (int64_t i = 0; i < n * n; ++i) b[i] = i % (n + 1) == 0;
+    for (int64_t i = 1; i < n; ++i) {
+        const double *v = a + i * n;
+        for (int64_t j = 0; j < i && value[i] != 0; ++j) {
+            double *row = b + j * n, scale = value[i] * dot__product_of(row, v, i);
+            for (int64_t k = 0; k < i; ++k) row[k] -= scale * v[k];
+        }
+    }
+    for (int64_t i = 0; i < n; ++i) value[i] = a[i * n + i];
+}
+
+/* One implicit QL step on d[l..m], e[l..m-1] (the element beside d[i] and d[i+1]), and on the rows of b, with Wilkinson's shift. */
+static void dot__ql_step(double *d, double *e, double *b, int64_t n, int64_t l, int64_t m)
+{
+    double delta = (d[l + 1] - d[l]) / 2, root = hypot(delta, e[l]);
+    double x = d[m] - d[l] + e[l] * (e[l] / (delta + (delta < 0 ? -root : root))), z = e[m - 1];
+    for (int64_t k = m - 1; k >= l; --k) {
+        double r = hypot(x, z), c = r > 0 ? x / r : 1, s = r > 0 ? z / r : 0, t = e[k], u = s * (d[k] - d[k + 1]) + 2 * c * t;
+        double *low = b + k * n, *high = low + n;
+        if (k + 1 < m) e[k + 1] = r;
+        d[k + 1] += s * u;
+        d[k] -= s * u;
+        x = e[k] = c * u - t;
+        if (k > l) {
+            z = s * e[k - 1];
+            e[k - 1] *= c;
+        }
+        for (int64_t j = 0; j < n; ++j) {
+            double y = high[j];
+            high[j] = c * y + s * low[j];
+            low[j] = c * low[j] - s * y;
+        }
+    }
+}
+
+/* Eigenvalues of the symmetric a [n][n], which is destroyed, to value[n], in no order; eigenvectors to the rows of b, each with its
+   largest element positive. (Golub, Van Loan, "Matrix computations", 8.3) */
+static void dot__symmetric_eigen(double *a, double *b, double *value, int64_t n)
+{
+    double largest = 0, *e = a;
+    int exponent = 0;
+    for (int64_t i = 0; i < n * n; ++i) largest = fmax(largest, fabs(a[i]));
+    if (dot__finite(largest)) frexp(largest, &exponent);
+    for (int64_t i = 0; i < n * n; ++i) a[i] = ldexp(a[i], -exponent);      /* no square overflows, and no digit is lost */
+    dot__tridiagonalize(a, b, value, n);
+    for (int64_t i = 0; i + 1 < n; ++i) e[i] = a[i * n + i + 1];
+    for (int64_t l = 0; l < n; ++l)
+        for (int step = 0; step < 60; ++step) {
+            int64_t m = l;
+            while (m + 1 < n && fabs(e[m]) > DBL_EPSILON / 2 * sqrt(fabs(value[m])) * sqrt(fabs(value[m + 1])) + DBL_MIN) ++m;
+            if (m == l) break;
+            dot__ql_step(value, e, b, n, l, m);
+        }
+    for (int64_t i = 0; i < n; ++i) {
+        double *v = b + i * n, top = v[0];
+        value[i] = ldexp(value[i], exponent);
+        for (int64_t j = 1; j < n; ++j) if (fabs(v[j]) > fabs(top)) top = v[j];
+        for (int64_t j = 0; j < n && top < 0; ++j) v[j] = -v[j];
+    }
+}
 
 /* out = (sum + eps I)^power, of a symmetric n x n matrix; scratch: 2 n^2 + n. */
 static void dot__matrix_power(const double *sum, double eps, double power, int64_t n, double *out, double *scratch)
 {
     double *a = scratch, *vectors = a + n * n, *value = vectors + n * n;
     for (int64_t i = 0; i < n * n; ++i) a[i] = sum[i] + (i % (n + 1) == 0 ? eps : 0);
-    dot__jacobi(a, vectors, value, n);      /* the rows of `vectors` are the eigenvectors */
+    dot__symmetric_eigen(a, vectors, value, n);
     for (int64_t i = 0; i < n * n; ++i) out[i] = 0;
     for (int64_t k = 0; k < n; ++k) {
         const double *v = vectors + k * n, scaled = pow(value[k] > eps ? value[k] : eps, power);
@@ -9196,21 +9296,19 @@ static void dot__shampoo(dot__matrix *a)
     }
 }
 
-/* The `rank` leading eigenvectors of x' x (or x x'), in the rows of p, each with its largest element positive. */
+/* The `rank` leading eigenvectors of x' x (or x x'), in the rows of p. */
 static void dot__galore_project(dot__matrix *a, int64_t rank, int64_t small, bool tall, double *p, double *scratch)
 {
     double *gram = scratch, *vectors = gram + small * small, *value = vectors + small * small, *turned = value + small;
     dot__transpose(a->g, turned, a->rows, a->columns);
     const double *x = tall ? turned : a->g;
     dot__multiply(x, x, gram, small, a->n / small, small, true);
-    dot__jacobi(gram, vectors, value, small);
+    dot__symmetric_eigen(gram, vectors, value, small);
     for (int64_t k = 0; k < rank; ++k) {
-        int64_t best = 0, largest = 0;
+        int64_t best = 0;
         for (int64_t i = 1; i < small; ++i) if (value[i] > value[best]) best = i;
-        const double *v = vectors + best * small;
-        for (int64_t i = 1; i < small; ++i) if (fabs(v[i]) > fabs(v[largest])) largest = i;
-        for (int64_t i = 0; i < small; ++i) p[k * small + i] = v[largest] < 0 ? -v[i] : v[i];
-        value[best] = -1;
+        memcpy(p + k * small, vectors + best * small, (size_t)small * sizeof(double));
+        value[best] = -(double)INFINITY;
     }
 }
 
@@ -10067,51 +10165,11 @@ double dot_cmaes_best(dot_cmaes *s)
     return s->best_loss;
 }
 
-/* Rotates rows and columns p and q of the symmetric a so that a[p][q] vanishes, and the rows of b with them. */
-static void dot__jacobi_rotate(double *a, double *b, int64_t n, int64_t p, int64_t q)
-{
-    double *ap = a + p * n, *aq = a + q * n, *bp = b + p * n, *bq = b + q * n, apq = ap[q], app = ap[p], aqq = aq[q];
-    double theta = (aqq - app) / (2 * apq);
-    double t = (theta < 0 ? -1 : 1) / (fabs(theta) + sqrt(theta * theta + 1)), c = 1 / sqrt(t * t + 1), s = t * c;
-    for (int64_t k = 0; k < n; ++k) {
-        double x = ap[k], y = aq[k], u = bp[k], v = bq[k];
-        ap[k] = c * x - s * y;
-        aq[k] = s * x + c * y;
-        bp[k] = c * u - s * v;
-        bq[k] = s * u + c * v;
-    }
-    ap[p] = app - t * apq;
-    aq[q] = aqq + t * apq;
-    ap[q] = aq[p] = 0;
-    for (int64_t k = 0; k < n; ++k) {
-        a[k * n + p] = ap[k];
-        a[k * n + q] = aq[k];
-    }
-}
-
-/* Eigenvalues of the symmetric a [n, n], which is destroyed, to value[n]; eigenvectors to the rows of b. Cyclic Jacobi. (Golub,
-   Van Loan, "Matrix computations", 8.5) */
-static void dot__jacobi(double *a, double *b, double *value, int64_t n)
-{
-    for (int64_t i = 0; i < n * n; ++i) b[i] = i % (n + 1) == 0;
-    bool rotated = true;
-    for (int sweep = 0; sweep < 60 && rotated; ++sweep) {
-        rotated = false;
-        for (int64_t p = 0; p < n; ++p)
-            for (int64_t q = p + 1; q < n; ++q) {
-                if (!(fabs(a[p * n + q]) > 1e-16 * sqrt(fabs(a[p * n + p] * a[q * n + q])))) continue;
-                dot__jacobi_rotate(a, b, n, p, q);
-                rotated = true;
-            }
-    }
-    for (int64_t i = 0; i < n; ++i) value[i] = a[i * n + i];
-}
-
 static void dot__cmaes_decompose(dot_cmaes *s)
 {
     int64_t n = s->v.n;
     memcpy(s->root, s->c, (size_t)(n * n) * sizeof(double));
-    dot__jacobi(s->root, s->vectors, s->values, n);
+    dot__symmetric_eigen(s->root, s->vectors, s->values, n);
     double floor_value = 1e-20 * dot__vector_max(&s->v, s->values);     /* rounding may make one negative */
     memset(s->root, 0, (size_t)(n * n) * sizeof(double));
     for (int64_t k = 0; k < n; ++k) {
@@ -10583,15 +10641,18 @@ double dot_natural_step(dot_natural *s, dot_loss_function loss, dot_indexed_func
 
 /* ---- K-FAC ---- */
 
-/* One linear layer: the stored weight is [in, out], and the bias is one more row, so that the gradient is `gradient` [in][out]. */
+/* One layer: the stored weight is [in, out], a convolution's in being [kernel..., channels], and the bias is one more row, so that the
+   gradient is `gradient` [in][out]. */
 typedef struct dot__kfac_layer {
     dot_layer *layer;
+    dot_tensor *(*forward)(dot_layer *layer, dot_tensor *x, dot_activation act);    /* its own */
     dot_tensor *x, *y;                      /* of the training step `step_id`, in which it was used `uses` times */
     uint64_t step_id;
     int uses;
     int64_t in, out;                        /* in: with the bias */
     int64_t weight, bias;                   /* places in theta; bias -1: none */
-    double *factor[2], *fresh[2];           /* A [in][in], G [out][out]; of the present statistics, and scratch */
+    double *factor[2], *fresh[2];           /* A [in][in], G [out][out]; the sums of the present statistics, and scratch */
+    double scale[2];                        /* makes means of those sums */
     double *vectors[2], *values[2];         /* their eigenvectors, as rows, and eigenvalues */
     double *gradient, *product;
 } dot__kfac_layer;
@@ -10619,12 +10680,12 @@ dot_kfac_options dot_kfac_defaults(void)
     return o;
 }
 
-/* What a linear layer under K-FAC does: the same, with the activation as an operation of its own, so that y comes before it. */
+/* What a layer under K-FAC does: the same, with the activation as an operation of its own, so that y comes before it. */
 static dot_tensor *dot__kfac_forward(dot_layer *l, dot_tensor *x, dot_activation act)
 {
     dot__kfac_layer *k = (dot__kfac_layer *)l->user;
     dot_context *ctx = l->ctx;
-    dot_tensor *y = dot_linear(x, l->weight, l->bias, DOT_NONE);
+    dot_tensor *y = k->forward(l, x, DOT_NONE);
     if (ctx->training) {
         k->uses = k->step_id == ctx->step_id ? k->uses + 1 : 1;
         k->step_id = ctx->step_id;
@@ -10634,10 +10695,11 @@ static dot_tensor *dot__kfac_forward(dot_layer *l, dot_tensor *x, dot_activation
     return act == DOT_RELU ? dot_relu(y) : act == DOT_SIGMOID ? dot_sigmoid(y) : act == DOT_TANH ? dot_tanh(y) : y;
 }
 
-/* Counts the linear layers that train, and enters them where `s->layer` is there. */
+/* Counts the layers that K-FAC takes and that train, and enters them where `s->layer` is there. */
 static void dot__kfac_find(dot_kfac *s, dot_layer *l)
 {
-    if (l->forward == dot__linear_forward && l->weight->requires_grad && (!l->bias || l->bias->requires_grad)) {
+    bool known = l->forward == dot__linear_forward || (l->forward == dot__conv_forward && !l->transposed && l->conv.groups == 1);
+    if (known && l->weight->requires_grad && (!l->bias || l->bias->requires_grad)) {
         if (s->layer) s->layer[s->layers].layer = l;
         s->layers++;
     }
@@ -10655,8 +10717,9 @@ static int64_t dot__flat_place(const dot__flat *v, const dot_tensor *t)
 static bool dot__kfac_layer_open(dot_kfac *s, dot__kfac_layer *k)
 {
     dot_context *ctx = s->v.ctx;
-    k->in = k->layer->in + (k->layer->bias ? 1 : 0);
+    k->forward = k->layer->forward;
     k->out = k->layer->out;
+    k->in = k->layer->weight->size / k->out + (k->layer->bias ? 1 : 0);
     k->weight = dot__flat_place(&s->v, k->layer->weight);
     k->bias = dot__flat_place(&s->v, k->layer->bias);
     int64_t size[2] = { k->in, k->out };
@@ -10680,7 +10743,8 @@ static bool dot__kfac_options_ok(dot_context *ctx, const dot_kfac_options *o)
         && dot__option_ok(ctx, f, "lr", o->lr, 0, 1e30, false) && dot__option_ok(ctx, f, "momentum", o->momentum, 0, 1, true)
         && dot__option_ok(ctx, f, "decay", o->decay, 0, 1, true)
         && dot__option_ok(ctx, f, "damping", o->damping, 1e-300, 1e30, false)
-        && dot__option_ok(ctx, f, "kl_clip", o->kl_clip, 1e-300, 1e300, false)
+        && dot__option_ok(ctx, f, "tikhonov", (double)o->tikhonov, DOT_TIKHONOV_EXACT, DOT_TIKHONOV_FACTORED, false)
+        && dot__option_ok(ctx, f, "kl_clip", o->kl_clip, 0, 1e300, false)
         && dot__option_ok(ctx, f, "statistics_every", o->statistics_every, 1, 1e9, false)
         && dot__option_ok(ctx, f, "inverse_every", o->inverse_every, 1, 1e9, false);
 }
@@ -10695,7 +10759,8 @@ dot_kfac *dot_kfac_create(dot_context *ctx, dot_layer *layer, const dot_kfac_opt
     s->o = o;
     dot__kfac_find(s, layer);
     if (s->layers == 0) {
-        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_kfac_create: 0 linear layers that train under no other K-FAC, expected 1 or more");
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "dot_kfac_create: 0 linear or convolution layers that train under no other K-FAC, "
+                  "expected 1 or more");
         return NULL;
     }
     s->layer = (dot__kfac_layer *)dot__new(ctx, (size_t)s->layers * sizeof *s->layer);
@@ -10714,54 +10779,105 @@ dot_kfac *dot_kfac_create(dot_context *ctx, dot_layer *layer, const dot_kfac_opt
     return s;
 }
 
-/* C [m][n] += alpha A B over k terms; A and B are any two strides. */
-typedef struct dot__kfac_product_job {
-    double *c, alpha;
-    const double *a, *b;
-    int64_t m, n, k, a_row, a_column, b_row, b_column;
-} dot__kfac_product_job;
-
-static void dot__kfac_product_piece(void *argument, int lane, int64_t piece)
+/* Some doubles as the products of matrices want them. */
+static dot_tensor dot__kfac_matrix(dot_context *ctx, double *data)
 {
-    const dot__kfac_product_job *job = (const dot__kfac_product_job *)argument;
-    int64_t rows, i = dot__part(job->m, piece, 8, &rows);
+    dot_tensor t;
+    memset(&t, 0, sizeof t);
+    t.ctx = ctx;
+    t.dtype = DOT_F64;
+    t.data = (char *)data;
+    return t;
+}
+
+/* C [m, n] = A [m, k] B; B is [k, n], or [n, k] if transposed. */
+static bool dot__kfac_product(dot_context *ctx, double *c, double *a, double *b, bool transposed, int64_t m, int64_t k, int64_t n)
+{
+    dot_tensor tc = dot__kfac_matrix(ctx, c), ta = dot__kfac_matrix(ctx, a), tb = dot__kfac_matrix(ctx, b);
+    return dot__matrix_product(ctx, &ta, &tb, transposed, NULL, &tc, 1, m, k, n, DOT_NONE, false);
+}
+
+/* C [k, n] (+)= A [m, k] transposed times B [m, n]. */
+static bool dot__kfac_outer(dot_context *ctx, double *c, double *a, double *b, int64_t m, int64_t k, int64_t n, bool accumulate)
+{
+    dot_tensor tc = dot__kfac_matrix(ctx, c), ta = dot__kfac_matrix(ctx, a), tb = dot__kfac_matrix(ctx, b);
+    return dot__matrix_outer(ctx, &ta, &tb, &tc, 1, m, k, n, accumulate);
+}
+
+/* Rows of a tensor, those of an image being its patches: to r, [row][tap][k], with a 1 where there is one more column. */
+typedef struct dot__kfac_rows {
+    dot__rows rows;
+    const dot_tensor *t;
+    int64_t depth, columns, first, count;
+    double *r;
+} dot__kfac_rows;
+
+static void dot__kfac_rows_piece(void *argument, int lane, int64_t piece)
+{
+    const dot__kfac_rows *job = (const dot__kfac_rows *)argument;
+    int64_t count, i = dot__part(job->count, piece, 32, &count);
+    int taps = dot__tap_count(&job->rows);
+    dot__position at = dot__position_of(&job->rows, job->first + i);
+    const void *data = dot__at(job->t, 0);
     (void)lane;
-    for (rows += i; i < rows; ++i)
-        for (int64_t k = 0; k < job->k; ++k) {
-            double a = job->alpha * job->a[i * job->a_row + k * job->a_column], *c = job->c + i * job->n;
-            const double *b = job->b + k * job->b_row;
-            for (int64_t j = 0; j < job->n; ++j) c[j] += a * b[j * job->b_column];
+    for (count += i; i < count; ++i) {
+        double *r = job->r + i * job->columns;
+        for (int tap = 0; tap < taps; ++tap) {
+            dot__tap_run t = dot__tap_of(&job->rows, &at, tap);
+            bool outside = t.outside || *t.z < 0;
+            for (int64_t c = 0; c < job->depth; ++c) *r++ = outside ? 0 : dot__load(data, job->t->dtype, t.line + *t.z + c);
         }
-}
-
-/* C [m][n] = A B over k terms; a matrix marked ' is stored transposed. */
-static void dot__kfac_product(dot_context *ctx, double *c, int64_t m, int64_t n, int64_t k, const double *a, char at,
-                              const double *b, char bt)
-{
-    dot__kfac_product_job job = { c, 1, a, b, m, n, k, at ? 1 : k, at ? m : 1, bt ? 1 : n, bt ? k : 1 };
-    memset(c, 0, (size_t)(m * n) * sizeof(double));
-    dot__parallel(ctx, false, dot__ceil_div(m, 8), dot__kfac_product_piece, &job);
-}
-
-/* fresh += alpha R'R, the rows of R being those of the tensor (NULL: none), and a 1 where there is one more column. */
-static bool dot__kfac_gather(dot_context *ctx, const dot_tensor *t, int64_t rows, int64_t columns, bool one, double alpha,
-                             double *fresh)
-{
-    int64_t n = columns + (one ? 1 : 0);
-    dot__mark mark = dot__scratch_begin(ctx);
-    double *r = t ? (double *)dot__step_alloc(ctx, (size_t)(rows * n) * sizeof(double)) : NULL;
-    if (!r) return !t;
-    for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j) r[i * n + j] = dot__load(dot__at(t, 0), t->dtype, i * columns + j);
-        if (one) r[i * n + columns] = 1;
+        if (r < job->r + (i + 1) * job->columns) *r = 1;
+        dot__position_next(&job->rows, &at);
     }
-    dot__kfac_product_job job = { fresh, alpha, r, r, n, n, rows, 1, n, n, 1 };
-    dot__parallel(ctx, false, dot__ceil_div(n, 8), dot__kfac_product_piece, &job);
-    dot__scratch_end(ctx, mark);
-    return true;
 }
 
-/* One backward pass from `from`, into the fresh factors; the inputs with the first pass only. */
+/* sum [columns][columns] += R'R, R being all rows; about a megabyte of them at a time. */
+static bool dot__kfac_gather(dot_context *ctx, dot__kfac_rows *job, double *sum)
+{
+    int64_t rows = job->rows.images * dot__positions(&job->rows), chunk = dot__max(64, ((int64_t)1 << 17) / job->columns);
+    bool ok = true;
+    for (job->first = 0; job->first < rows && ok; job->first += chunk) {
+        dot__mark mark = dot__scratch_begin(ctx);
+        job->count = dot__min(chunk, rows - job->first);
+        job->r = (double *)dot__step_alloc(ctx, (size_t)(job->count * job->columns) * sizeof(double));
+        if (!job->r) return false;
+        dot__parallel(ctx, false, dot__ceil_div(job->count, 32), dot__kfac_rows_piece, job);
+        ok = dot__kfac_outer(ctx, sum, job->r, job->r, job->count, job->columns, job->columns, true);
+        dot__scratch_end(ctx, mark);
+    }
+    return ok;
+}
+
+/* What one backward pass has left at a layer, into its fresh factors; the inputs if it is the first pass. mean: the pass began at the
+   mean over the N rows or images, so that their own gradients are N times those that are there. */
+static bool dot__kfac_enter(dot__kfac_layer *k, bool first, bool mean)
+{
+    dot_layer *l = k->layer;
+    dot_context *ctx = l->ctx;
+    dot__mark mark = dot__scratch_begin(ctx);
+    dot__geometry geometry;
+    dot__kfac_rows in, out;
+    memset(&in, 0, sizeof in);
+    in.t = k->x;
+    in.depth = l->in;
+    in.columns = k->in;
+    if (k->forward == dot__linear_forward) dot__matrix_rows(&in.rows, k->x->size / l->in, l->in, l->in);
+    else if (!dot__geometry_of("dot_kfac_step", k->x, l->weight, &l->conv, false, &geometry)
+             || !dot__rows_of_grid(ctx, &geometry, &in.rows)) return false;
+    int64_t images = in.rows.images, positions = dot__positions(&in.rows);
+    k->scale[0] = 1 / (double)images;
+    k->scale[1] = (mean ? (double)images : 1 / (double)images) / (double)positions;
+    memset(&out, 0, sizeof out);
+    out.t = dot__has_grad(k->y) ? k->y->grad : NULL;
+    out.depth = out.columns = k->out;
+    dot__matrix_rows(&out.rows, images * positions, k->out, k->out);
+    bool ok = (!first || dot__kfac_gather(ctx, &in, k->fresh[0])) && (!out.t || dot__kfac_gather(ctx, &out, k->fresh[1]));
+    dot__scratch_end(ctx, mark);
+    return ok;
+}
+
+/* One backward pass from `from`, into the fresh factors. */
 static bool dot__kfac_pass(dot_kfac *s, dot_tensor *from, bool first, bool mean)
 {
     dot_context *ctx = s->v.ctx;
@@ -10770,15 +10886,11 @@ static bool dot__kfac_pass(dot_kfac *s, dot_tensor *from, bool first, bool mean)
     for (int i = 0; i < s->layers; ++i) {
         dot__kfac_layer *k = &s->layer[i];
         if (k->step_id != ctx->step_id || k->uses != 1) {
-            dot__fail(ctx, DOT_ERROR_STATE, "dot_kfac_step: linear layer %d of the network is used %d times in a step, "
-                      "expected once", i, k->step_id == ctx->step_id ? k->uses : 0);
+            dot__fail(ctx, DOT_ERROR_STATE, "dot_kfac_step: %s layer %d of those under K-FAC is used %d times in a step, "
+                      "expected once", k->layer->kind, i, k->step_id == ctx->step_id ? k->uses : 0);
             return false;
         }
-        int64_t rows = k->x->size / k->layer->in;
-        double n = (double)rows;
-        const dot_tensor *g = dot__has_grad(k->y) ? k->y->grad : NULL;
-        if (first && !dot__kfac_gather(ctx, k->x, rows, k->layer->in, k->layer->bias != NULL, 1 / n, k->fresh[0])) return false;
-        if (!dot__kfac_gather(ctx, g, rows, k->out, false, mean ? n : 1 / n, k->fresh[1])) return false;
+        if (!dot__kfac_enter(k, first, mean)) return false;
     }
     return true;
 }
@@ -10788,10 +10900,10 @@ static void dot__kfac_average(dot_kfac *s, dot__kfac_layer *k)
     int64_t size[2] = { k->in, k->out };
     double sum = 0;
     for (int f = 0; f < 2; ++f)
-        for (int64_t i = 0; i < size[f] * size[f]; ++i) sum += fabs(k->fresh[f][i]);
+        for (int64_t i = 0; i < size[f] * size[f]; ++i) sum += fabs(k->scale[f] * k->fresh[f][i]);
     for (int f = 0; f < 2 && dot__finite(sum); ++f)
         for (int64_t i = 0; i < size[f] * size[f]; ++i)
-            k->factor[f][i] = s->o.decay * k->factor[f][i] + (1 - s->o.decay) * k->fresh[f][i];
+            k->factor[f][i] = s->o.decay * k->factor[f][i] + (1 - s->o.decay) * k->scale[f] * k->fresh[f][i];
 }
 
 static bool dot__kfac_statistics(dot_kfac *s, dot_tensor *t)
@@ -10821,30 +10933,40 @@ static void dot__kfac_eigen_piece(void *argument, int lane, int64_t piece)
     int64_t f = piece % 2, n = f ? k->out : k->in;
     (void)lane;
     memcpy(k->fresh[f], k->factor[f], (size_t)(n * n) * sizeof(double));
-    dot__jacobi(k->fresh[f], k->vectors[f], k->values[f], n);
+    dot__symmetric_eigen(k->fresh[f], k->vectors[f], k->values[f], n);
     for (int64_t i = 0; i < n; ++i)
         if (!(k->values[f][i] > 1e-10)) k->values[f][i] = 0;
 }
 
-/* The layer's part of the direction; returns its product with the gradient. */
-static double dot__kfac_direction(dot_kfac *s, dot__kfac_layer *k)
+/* The layer's part of the direction; *sum += its product with the gradient. */
+static bool dot__kfac_direction(dot_kfac *s, dot__kfac_layer *k, double *sum)
 {
     dot_context *ctx = s->v.ctx;
-    double *m = k->gradient, *t = k->product, sum = 0;
-    size_t weight = (size_t)(k->layer->in * k->out), bias = k->bias < 0 ? 0 : (size_t)k->out;
+    double *m = k->gradient, *t = k->product, **vectors = k->vectors, mean[2] = { 0, 0 }, add[2] = { 0, 0 }, damping = s->o.damping;
+    size_t weight = (size_t)k->layer->weight->size, bias = k->bias < 0 ? 0 : (size_t)k->out;
+    int64_t in = k->in, out = k->out;
+    if (s->o.tikhonov == DOT_TIKHONOV_FACTORED) {
+        for (int64_t i = 0; i < in; ++i) mean[0] += k->values[0][i] / (double)in;
+        for (int64_t j = 0; j < out; ++j) mean[1] += k->values[1][j] / (double)out;
+        double square = mean[0] / mean[1], pi = square > 0 && dot__finite(square) ? sqrt(square) : 1;
+        add[0] = pi * sqrt(damping);
+        add[1] = sqrt(damping) / pi;
+        damping = 0;
+    }
     memcpy(m, s->g + k->weight, weight * sizeof(double));
     if (bias) memcpy(m + weight, s->g + k->bias, bias * sizeof(double));
-    dot__kfac_product(ctx, t, k->in, k->out, k->in, k->vectors[0], 0, m, 0);
-    dot__kfac_product(ctx, m, k->in, k->out, k->out, t, 0, k->vectors[1], '\'');
-    for (int64_t i = 0; i < k->in; ++i)
-        for (int64_t j = 0; j < k->out; ++j) m[i * k->out + j] /= k->values[0][i] * k->values[1][j] + s->o.damping;
-    dot__kfac_product(ctx, t, k->in, k->out, k->out, m, 0, k->vectors[1], 0);
-    dot__kfac_product(ctx, m, k->in, k->out, k->in, k->vectors[0], '\'', t, 0);
+    if (!dot__kfac_product(ctx, t, vectors[0], m, false, in, in, out)
+        || !dot__kfac_product(ctx, m, t, vectors[1], true, in, out, out)) return false;
+    for (int64_t i = 0; i < in; ++i)
+        for (int64_t j = 0; j < out; ++j)
+            m[i * out + j] /= (k->values[0][i] + add[0]) * (k->values[1][j] + add[1]) + damping;
+    if (!dot__kfac_product(ctx, t, m, vectors[1], false, in, out, out)
+        || !dot__kfac_outer(ctx, m, vectors[0], t, in, in, out, false)) return false;
     memcpy(s->direction + k->weight, m, weight * sizeof(double));
     if (bias) memcpy(s->direction + k->bias, m + weight, bias * sizeof(double));
-    for (size_t i = 0; i < weight; ++i) sum += m[i] * s->g[k->weight + (int64_t)i];
-    for (size_t i = 0; i < bias; ++i) sum += m[weight + i] * s->g[k->bias + (int64_t)i];
-    return sum;
+    *sum += dot__product_of(m, s->g + k->weight, (int64_t)weight);
+    if (bias) *sum += dot__product_of(m + weight, s->g + k->bias, (int64_t)bias);
+    return true;
 }
 
 /* theta, from the gradient. */
@@ -10853,13 +10975,14 @@ static void dot__kfac_update(dot_kfac *s)
     const dot__flat *v = &s->v;
     double sum = 0;
     memcpy(s->direction, s->g, (size_t)v->n * sizeof(double));
-    for (int i = 0; i < s->layers; ++i) sum += dot__kfac_direction(s, &s->layer[i]);
-    double shrink = sum > 0 ? fmin(1, sqrt(s->o.kl_clip / (sum * s->o.lr * s->o.lr))) : 1;
+    for (int i = 0; i < s->layers; ++i)
+        if (!dot__kfac_direction(s, &s->layer[i], &sum)) return;
+    double shrink = s->o.kl_clip > 0 && sum > 0 ? fmin(1, sqrt(s->o.kl_clip / (sum * s->o.lr * s->o.lr))) : 1;
     if (!dot__finite(dot__vector_sum(v, s->direction))) return;
     dot__vector_scale(v, s->momentum, s->o.momentum, s->momentum);
     for (int i = 0; i < s->layers; ++i) {
         const dot__kfac_layer *k = &s->layer[i];
-        for (int64_t j = 0; j < k->layer->in * k->out; ++j) s->direction[k->weight + j] *= shrink;
+        for (int64_t j = 0; j < k->layer->weight->size; ++j) s->direction[k->weight + j] *= shrink;
         for (int64_t j = 0; k->bias >= 0 && j < k->out; ++j) s->direction[k->bias + j] *= shrink;
     }
     dot__vector_add(v, s->momentum, 1, s->direction);

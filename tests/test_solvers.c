@@ -101,6 +101,7 @@ struct problem {
     int64_t n;
     double decades;                 /* bowl: curvatures from 1 to 10^decades */
     int64_t rows, batch;            /* data of net and squares; squares: rows of a batch */
+    int64_t features;               /* net: of a row of x */
     dot_fisher fisher;              /* natural gradient: what an example returns */
     uint64_t stream;                /* of sampled labels */
     const double *x, *y;
@@ -147,7 +148,7 @@ static dot_tensor *bowl(problem *p)
 
 static dot_tensor *net_loss(problem *p)
 {
-    int64_t in[2] = { p->rows, 4 }, out[2] = { p->rows, 2 };
+    int64_t in[2] = { p->rows, p->features }, out[2] = { p->rows, 2 };
     dot_tensor *x = constant(p->ctx, 2, in, p->x), *y = constant(p->ctx, 2, out, p->y);
     return dot_mse_loss(dot_forward(p->layer, x), y);
 }
@@ -167,6 +168,15 @@ static dot_tensor *pass(void *user, dot_layer *layer, dot_tensor *x)
     return x;
 }
 
+static void begin_at(problem *p, const double *start)
+{
+    dot_parameter_info info;
+    for (int i = 0; i < dot_layer_parameters(p->layer) && dot_layer_parameter(p->layer, i, &info); ++i) {
+        dot_parameter_set(p->layer, info.name, 0, start, dot_tensor_size(info.tensor));
+        start += dot_tensor_size(info.tensor);
+    }
+}
+
 static problem open_problem(dot_context *ctx, dot_tensor *(*value)(problem *p), int64_t n, const double *start)
 {
     problem p;
@@ -175,17 +185,15 @@ static problem open_problem(dot_context *ctx, dot_tensor *(*value)(problem *p), 
     p.value = value;
     p.n = n;
     p.decades = 3;
+    p.features = 4;
     if (value == net_loss) {
         p.layer = dot_nn_sequential(ctx, dot_nn_linear(ctx, 4, 5), dot_nn_tanh(ctx), dot_nn_linear(ctx, 5, 2), NULL);
     } else {
         p.layer = dot_nn_custom(ctx, "point", pass, NULL);
         p.theta = dot_layer_add_parameter(p.layer, "theta", DOT_KIND_WEIGHT, 1, &n);
     }
-    dot_parameter_info info;
-    for (int i = 0; start && i < dot_layer_parameters(p.layer) && dot_layer_parameter(p.layer, i, &info); ++i) {
-        dot_parameter_set(p.layer, info.name, 0, start, dot_tensor_size(info.tensor));
-        start += dot_tensor_size(info.tensor);
-    }
+    if (start)
+        begin_at(&p, start);
     return p;
 }
 
@@ -682,7 +690,7 @@ static void test_svrg_linear(void **state)
 static dot_tensor *example_of(void *user, int64_t i)
 {
     problem *p = (problem *)user;
-    int64_t in[2] = { 1, p->value == squares ? p->n : 4 }, column[2] = { p->n, 1 }, out[2] = { 1, p->value == squares ? 1 : 2 };
+    int64_t in[2] = { 1, p->value == squares ? p->n : p->features }, column[2] = { p->n, 1 }, out[2] = { 1, p->value == squares ? 1 : 2 };
     dot_step_begin(p->ctx);
     ++p->calls;
     dot_tensor *x = constant(p->ctx, 2, in, p->x + i * in[1]);
@@ -867,7 +875,7 @@ static void test_natural_not_finite(void **state)
 static dot_tensor *net_outputs(void *user)
 {
     problem *p = (problem *)user;
-    int64_t in[2] = { p->rows, 4 };
+    int64_t in[2] = { p->rows, p->features };
     dot_step_begin(p->ctx);
     ++p->calls;
     return dot_forward(p->layer, constant(p->ctx, 2, in, p->x));
@@ -884,63 +892,130 @@ static dot_tensor *net_sampled(void *user)
     return dot_mse_loss(y, dot_add(dot_detach(y), constant(p->ctx, 2, out, noise)));    /* 2 outputs: mean = 1/2 of the sum */
 }
 
-static void test_kfac_like_torch(void **state)
+static dot_conv_options conv_of(int kernel, int stride, int padding)
 {
-    const char *line = dot_safetensors_metadata(golden_file, "kfac");
-    dot_safetensors_entry entry;
-    double *start = golden("kfac.start", "", &entry), *loss = golden("kfac.loss", "", &entry), now[MOST];
-    double *theta = golden("kfac.theta", "", &entry);
-    data d = open_data();
-    (void)state;
+    dot_conv_options o = dot_conv_defaults();
+    o.kernel = kernel;
+    o.stride = stride;
+    o.padding = padding;
+    return o;
+}
+
+/* The networks of golden/make_solvers.py; a row of x is an image in PyTorch's order. */
+static dot_layer *dense(dot_context *ctx)
+{
+    return dot_nn_sequential(ctx, dot_nn_linear(ctx, 4, 5), dot_nn_tanh(ctx), dot_nn_layer_norm(ctx, 5), dot_nn_linear(ctx, 5, 2), NULL);
+}
+
+static dot_layer *conv1d(dot_context *ctx)
+{
+    dot_conv_options first = conv_of(3, 1, 1), groups = conv_of(3, 1, 0), transposed = conv_of(2, 1, 0);
+    groups.groups = 2;
+    return dot_nn_sequential(ctx, dot_nn_unflatten(ctx, 0, 0, 6, 2), dot_nn_conv1d(ctx, 2, 4, &first), dot_nn_tanh(ctx),
+                             dot_nn_conv1d(ctx, 4, 4, &groups), dot_nn_conv_transpose1d(ctx, 4, 2, &transposed), dot_nn_flatten(ctx),
+                             dot_nn_linear(ctx, 10, 2), NULL);
+}
+
+static dot_layer *conv2d(dot_context *ctx)
+{
+    dot_conv_options first = conv_of(2, 1, 0), second = conv_of(2, 1, 0);
+    first.kernel_each[0] = 3;
+    first.stride_each[0] = 2;
+    first.padding_each[0] = 1;
+    first.dilation_each[1] = 2;
+    second.bias = false;
+    return dot_nn_sequential(ctx, dot_nn_unflatten(ctx, 0, 5, 6, 2), dot_nn_conv2d(ctx, 2, 3, &first), dot_nn_tanh(ctx),
+                             dot_nn_conv2d(ctx, 3, 2, &second), dot_nn_tanh(ctx), dot_nn_flatten(ctx), dot_nn_linear(ctx, 12, 2), NULL);
+}
+
+static dot_layer *conv3d(dot_context *ctx)
+{
+    dot_conv_options o = conv_of(2, 2, 1);
+    return dot_nn_sequential(ctx, dot_nn_unflatten(ctx, 3, 2, 3, 1), dot_nn_conv3d(ctx, 1, 2, &o), dot_nn_tanh(ctx), dot_nn_flatten(ctx),
+                             dot_nn_linear(ctx, 16, 2), NULL);
+}
+
+static const struct { const char *name; dot_layer *(*net)(dot_context *ctx); } kfac_cases[] = {
+    { "kfac", dense }, { "kfac.factored", dense }, { "kfac.conv1d", conv1d }, { "kfac.conv2d", conv2d }, { "kfac.conv2d_newton", conv2d },
+    { "kfac.conv3d", conv3d },
+};
+
+static void kfac_like_torch(const char *name, dot_layer *(*net)(dot_context *ctx))
+{
+    static dot_tensor *(*const statistics[3])(void *) = { NULL, net_sampled, net_outputs };
+    const char *line = dot_safetensors_metadata(golden_file, name);
+    dot_safetensors_entry x_entry, entry;
+    double *start = golden(name, ".start", &entry), *loss = golden(name, ".loss", &entry), *x = golden(name, ".x", &x_entry);
+    double *y = golden("net.y", "", &entry), *theta = golden(name, ".theta", &entry), now[MOST], worst = 0;
     assert_non_null(line);
     problem p = open_problem(open_context(DOT_F64, 0, 2), net_loss, 37, NULL);
-    p.n = 47;
-    p.x = d.net_x;
-    p.y = d.net_y;
-    p.rows = 12;
-    p.layer = dot_nn_sequential(p.ctx, dot_nn_linear(p.ctx, 4, 5), dot_nn_tanh(p.ctx), dot_nn_layer_norm(p.ctx, 5),
-                                dot_nn_linear(p.ctx, 5, 2), NULL);
-    dot_parameter_info info;
-    for (int i = 0, at = 0; i < dot_layer_parameters(p.layer) && dot_layer_parameter(p.layer, i, &info); ++i) {
-        dot_parameter_set(p.layer, info.name, 0, start + at, dot_tensor_size(info.tensor));
-        at += (int)dot_tensor_size(info.tensor);
-    }
+    p.layer = net(p.ctx);
+    p.n = entry.shape[1];
+    p.x = x;
+    p.y = y;
+    p.rows = x_entry.shape[0];
+    p.features = x_entry.shape[1];
+    begin_at(&p, start);
     dot_kfac_options o = dot_kfac_defaults();
+    o.fisher = (dot_fisher)setting(line, "fisher", -1);
+    o.tikhonov = (dot_tikhonov)setting(line, "tikhonov", -1);
     o.lr = setting(line, "lr", 0);
     o.momentum = setting(line, "momentum", 0);
     o.decay = setting(line, "decay", 0);
     o.damping = setting(line, "damping", 0);
-    o.kl_clip = setting(line, "kl_clip", 0);
+    o.kl_clip = setting(line, "kl_clip", -1);
     o.statistics_every = (int)setting(line, "statistics_every", 0);
     o.inverse_every = (int)setting(line, "inverse_every", 0);
     dot_kfac *s = dot_kfac_create(p.ctx, p.layer, &o);
     for (int64_t i = 0; i < entry.shape[0]; ++i) {
+        const double *expected = theta + i * p.n;
         p.stream = (uint64_t)i;
-        double before = dot_kfac_step(s, loss_of, net_sampled, &p);
-        require(p.ctx, true, "dot_kfac_step");
+        double before = dot_kfac_step(s, loss_of, statistics[o.fisher], &p), size = 0;
+        require(p.ctx, true, name);
         values_of(&p, now);
-        assert_close("kfac", i, now, theta + i * p.n, p.n, 1e-10);
-        assert_close("kfac loss", i, &before, loss + i, 1, 1e-10);
+        assert_close(name, i, now, expected, p.n, 1e-12);
+        assert_close(name, i, &before, loss + i, 1, 1e-12);
+        for (int64_t j = 0; j < p.n; ++j)
+            size = fmax(size, fabs(expected[j]));
+        for (int64_t j = 0; j < p.n; ++j)
+            worst = fmax(worst, fabs(now[j] - expected[j]) / size);
     }
-    free(start), free(loss), free(theta);
-    close_data(&d);
+    print_message("# %s: %d steps, worst error %.1e\n", name, (int)entry.shape[0], worst);
+    free(start), free(loss), free(x), free(y), free(theta);
     dot_context_destroy(p.ctx);
 }
 
-/* One linear layer with Gaussian noise: F is exactly A x I, and K-FAC is the exact natural gradient. */
-static void test_kfac_is_natural(void **state)
+static void test_kfac_like_torch(void **state)
 {
-    double now[2][10], before[10], moved = 0;
-    data d = open_data();
     (void)state;
+    for (int i = 0; i < COUNT(kfac_cases); ++i)
+        kfac_like_torch(kfac_cases[i].name, kfac_cases[i].net);
+}
+
+static dot_layer *one_linear(dot_context *ctx) { return dot_nn_linear(ctx, 4, 2); }
+static dot_layer *wide_linear(dot_context *ctx) { return dot_nn_linear(ctx, 60, 2); }       /* A has 12 eigenvalues that are not 0 */
+
+static dot_layer *one_patch(dot_context *ctx)       /* the kernel sees the whole image, at one position */
+{
+    dot_conv_options o = conv_of(2, 1, 0);
+    return dot_nn_sequential(ctx, dot_nn_unflatten(ctx, 0, 2, 2, 1), dot_nn_conv2d(ctx, 1, 2, &o), dot_nn_flatten(ctx), NULL);
+}
+
+/* One layer with Gaussian noise: F is exactly A x I, and K-FAC is the exact natural gradient. */
+static void kfac_is_natural(dot_layer *(*net)(dot_context *ctx), int features, const double *x)
+{
+    double now[2][MOST], before[MOST], moved = 0;
+    int n = 2 * (features + 1);
+    data d = open_data();
     for (int exact = 0; exact < 2; ++exact) {
         problem p = open_problem(open_context(DOT_F64, 6, 1), net_loss, 37, NULL);
-        p.n = 10;
-        p.x = d.net_x;
+        p.n = n;
+        p.features = features;
+        p.x = x ? x : d.net_x;
         p.y = d.net_y;
         p.rows = 12;
         p.fisher = DOT_FISHER_GAUSS_NEWTON;
-        p.layer = dot_nn_linear(p.ctx, 4, 2);
+        p.layer = net(p.ctx);
         values_of(&p, before);
         dot_natural_options no = dot_natural_defaults();
         no.fisher = p.fisher;
@@ -951,9 +1026,8 @@ static void test_kfac_is_natural(void **state)
         dot_kfac_options ko = dot_kfac_defaults();
         ko.fisher = p.fisher;
         ko.lr = 1;
-        ko.momentum = ko.decay = 0;
+        ko.momentum = ko.decay = ko.kl_clip = 0;
         ko.damping = 0.03;
-        ko.kl_clip = 1e300;
         ko.statistics_every = ko.inverse_every = 1;
         dot_kfac *kfac = dot_kfac_create(p.ctx, p.layer, &ko);
         for (int i = 0; i < 3; ++i)
@@ -963,11 +1037,102 @@ static void test_kfac_is_natural(void **state)
         values_of(&p, now[exact]);
         dot_context_destroy(p.ctx);
     }
-    assert_close("K-FAC", 3, now[0], now[1], 10, 1e-12);
-    for (int i = 0; i < 10; ++i)
+    assert_close("K-FAC", 3, now[0], now[1], n, 1e-12);
+    for (int i = 0; i < n; ++i)
         moved = fmax(moved, fabs(now[1][i] - before[i]));
     assert_true(moved > 0.1);
     close_data(&d);
+}
+
+static void test_kfac_is_natural(void **state)
+{
+    (void)state;
+    double wide[12 * 60], nearly_diagonal[12 * 4];
+    for (int i = 0; i < 12 * 60; ++i)
+        wide[i] = sin(1.7 * i);
+    for (int i = 0; i < 12 * 4; ++i) {              /* signs of mean 0, then 1: A has elements 1 and of the order of 1e-9 in one row */
+        int row = i / 4, sign[4] = { row % 2 ? 1 : -1, row / 2 % 2 ? 1 : -1, row < 6 ? 1 : -1, 1 };
+        nearly_diagonal[i] = sign[i % 4] + 1e-9 * (i % 4 + 1);
+    }
+    kfac_is_natural(one_linear, 4, NULL);
+    kfac_is_natural(one_linear, 4, nearly_diagonal);
+    kfac_is_natural(wide_linear, 60, wide);
+    kfac_is_natural(one_patch, 4, NULL);
+}
+
+static dot_layer *small_conv(dot_context *ctx)
+{
+    dot_conv_options o = conv_of(2, 1, 1);
+    return dot_nn_sequential(ctx, dot_nn_unflatten(ctx, 0, 2, 2, 1), dot_nn_conv2d(ctx, 1, 2, &o), dot_nn_tanh(ctx), dot_nn_flatten(ctx),
+                             dot_nn_linear(ctx, 18, 2), NULL);
+}
+
+/* The factors are means: they are the same of a batch and of the same batch 300 times. 32400 patches are gathered in two parts. */
+static void test_kfac_of_many_rows(void **state)
+{
+    enum { TIMES = 300, PARAMETERS = 48 };
+    double now[2][PARAMETERS], start[PARAMETERS];
+    data d = open_data();
+    double *x = (double *)calloc(TIMES * 48, sizeof *x), *y = (double *)calloc(TIMES * 24, sizeof *y);
+    (void)state;
+    assert_true(x && y);
+    for (int i = 0; i < TIMES; ++i) {
+        memcpy(x + i * 48, d.net_x, 48 * sizeof *x);
+        memcpy(y + i * 24, d.net_y, 24 * sizeof *y);
+    }
+    for (int many = 0; many < 2; ++many) {
+        problem p = open_problem(open_context(DOT_F64, 8, 2), net_loss, 37, NULL);
+        p.layer = small_conv(p.ctx);
+        p.n = PARAMETERS;
+        p.x = x;
+        p.y = y;
+        p.rows = many ? 12 * TIMES : 12;
+        dot_kfac_options o = dot_kfac_defaults();
+        o.fisher = DOT_FISHER_EMPIRICAL;
+        o.lr = 0.1;
+        o.statistics_every = o.inverse_every = 1;
+        dot_kfac *s = dot_kfac_create(p.ctx, p.layer, &o);
+        values_of(&p, start);
+        for (int i = 0; i < 3; ++i)
+            dot_kfac_step(s, loss_of, NULL, &p);
+        require(p.ctx, true, "dot_kfac_step");
+        values_of(&p, now[many]);
+        assert_true(fabs(now[many][0] - start[0]) > 1e-5);
+        dot_context_destroy(p.ctx);
+    }
+    assert_close("many rows", 3, now[1], now[0], PARAMETERS, 1e-12);
+    free(x), free(y);
+    close_data(&d);
+}
+
+static dot_tensor *flat_outputs(void *user) { return dot_mul_scalar(dot_sum(net_outputs(user), DOT_ALL_AXES, false), 0); }
+
+/* The factored damping where G is 0: with pi = 1, v = (A + sqrt(damping) I)^-1 M / sqrt(damping); A is 1 here. */
+static void test_kfac_without_gradients(void **state)
+{
+    static const double x[1] = { 1 }, y[2] = { 3, -1 };
+    double now[2], start[2] = { 0.5, 0.25 };
+    (void)state;
+    problem p = open_problem(open_context(DOT_F64, 0, 1), net_loss, 37, NULL);
+    p.layer = dot_nn_linear_no_bias(p.ctx, 1, 2);
+    p.n = 2;
+    p.x = x;
+    p.y = y;
+    p.rows = p.features = 1;
+    begin_at(&p, start);
+    dot_kfac_options o = dot_kfac_defaults();
+    o.lr = 0.25;
+    o.momentum = o.decay = o.kl_clip = 0;
+    o.damping = 0.25;
+    o.tikhonov = DOT_TIKHONOV_FACTORED;
+    dot_kfac *s = dot_kfac_create(p.ctx, p.layer, &o);
+    dot_kfac_step(s, loss_of, flat_outputs, &p);
+    require(p.ctx, true, "dot_kfac_step");
+    values_of(&p, now);
+    for (int i = 0; i < 2; ++i)             /* M = start - y, of the mean of 2 squares */
+        start[i] -= 0.25 * (start[i] - y[i]) / 1.5 / 0.5;
+    assert_close("no gradients", 0, now, start, 2, 1e-15);
+    dot_context_destroy(p.ctx);
 }
 
 static dot_tensor *twice(void *user, dot_layer *layer, dot_tensor *x)
@@ -992,24 +1157,26 @@ static void test_kfac_errors(void **state)
     p.rows = 12;
     p.layer = dot_nn_custom(p.ctx, "twice", twice, linear);
     assert_null(dot_kfac_create(p.ctx, dot_nn_layer_norm(p.ctx, 4), NULL));
-    assert_error(p.ctx, DOT_ERROR_ARGUMENT, "dot_kfac_create: 0 linear layers that train under no other K-FAC, expected 1");
+    assert_error(p.ctx, DOT_ERROR_ARGUMENT, "dot_kfac_create: 0 linear or convolution layers that train under no other K-FAC, expected 1");
     assert_true(dot_layer_add_child(p.layer, "linear", linear));
     REFUSES(kfac, fisher, (dot_fisher)3, "fisher 3");
     REFUSES(kfac, lr, -1, "lr -1");
     REFUSES(kfac, momentum, 1, "momentum 1, expected 0 to 1 (excluded)");
     REFUSES(kfac, decay, 1, "decay 1, expected 0 to 1 (excluded)");
     REFUSES(kfac, damping, 0, "damping 0, expected 1e-300 to");
-    REFUSES(kfac, kl_clip, 0, "kl_clip 0, expected 1e-300 to");
+    REFUSES(kfac, kl_clip, -1, "kl_clip -1, expected 0 to");
+    REFUSES(kfac, kl_clip, (double)NAN, "kl_clip nan, expected 0 to");
+    REFUSES(kfac, tikhonov, (dot_tikhonov)2, "tikhonov 2, expected 0 to 1");
     REFUSES(kfac, statistics_every, 0, "statistics_every 0");
     REFUSES(kfac, inverse_every, 0, "inverse_every 0");
     REFUSES(kfac, magic, 5, "magic 0x00000005");
     dot_kfac *s = dot_kfac_create(p.ctx, p.layer, NULL);
     require(p.ctx, s != NULL, "dot_kfac_create");
     assert_null(dot_kfac_create(p.ctx, p.layer, NULL));
-    assert_error(p.ctx, DOT_ERROR_ARGUMENT, "dot_kfac_create: 0 linear layers that train under no other K-FAC");
+    assert_error(p.ctx, DOT_ERROR_ARGUMENT, "dot_kfac_create: 0 linear or convolution layers that train under no other K-FAC");
     values_of(&p, before);
     assert_true(isnan(dot_kfac_step(s, sum_of_outputs, sum_of_outputs, &p)));
-    assert_error(p.ctx, DOT_ERROR_STATE, "dot_kfac_step: linear layer 0 of the network is used 2 times in a step, expected once");
+    assert_error(p.ctx, DOT_ERROR_STATE, "dot_kfac_step: linear layer 0 of those under K-FAC is used 2 times in a step, expected once");
     assert_true(isnan(dot_kfac_step(s, sum_of_outputs, NULL, &p)));
     assert_error(p.ctx, DOT_ERROR_ARGUMENT, "dot_kfac_step: a function is NULL");
     assert_true(isnan(dot_kfac_step(s, sum_of_outputs, net_outputs, &p)));
@@ -1022,7 +1189,10 @@ static void test_kfac_errors(void **state)
     assert_error(p.ctx, DOT_ERROR_SHAPE, "dot_kfac_step: the outputs are [], expected [rows, outputs]");
     s = dot_kfac_create(p.ctx, dot_nn_linear(p.ctx, 4, 4), &o);
     assert_true(isnan(dot_kfac_step(s, sum_of_outputs, net_outputs, &p)));
-    assert_error(p.ctx, DOT_ERROR_STATE, "dot_kfac_step: linear layer 0 of the network is used 0 times in a step, expected once");
+    assert_error(p.ctx, DOT_ERROR_STATE, "dot_kfac_step: linear layer 0 of those under K-FAC is used 0 times in a step, expected once");
+    s = dot_kfac_create(p.ctx, dot_nn_conv1d(p.ctx, 4, 4, NULL), &o);
+    assert_true(isnan(dot_kfac_step(s, sum_of_outputs, net_outputs, &p)));
+    assert_error(p.ctx, DOT_ERROR_STATE, "dot_kfac_step: conv layer 0 of those under K-FAC is used 0 times in a step, expected once");
     assert_true(isnan(dot_kfac_step(NULL, sum_of_outputs, sum_of_outputs, &p)));
     values_of(&p, now);
     assert_memory_equal(now, before, sizeof now);
@@ -1082,8 +1252,16 @@ static double *run_all(dot_dtype dtype, int threads, int64_t *count)
     dot_kfac_options ko = dot_kfac_defaults();
     ko.fisher = DOT_FISHER_EMPIRICAL;
     dot_kfac *k = dot_kfac_create(w.ctx, net2, &ko);
+    dot_conv_options padded = conv_of(3, 1, 2);
+    dot_layer *net3 = dot_nn_sequential(w.ctx, dot_nn_unflatten(w.ctx, 0, 5, 30, 1), dot_nn_conv2d(w.ctx, 1, 16, &padded), dot_nn_relu(w.ctx),
+                                        dot_nn_conv2d(w.ctx, 16, 2, &padded), dot_nn_avg_pool(w.ctx, NULL), dot_nn_flatten(w.ctx),
+                                        dot_nn_linear(w.ctx, 136, 1), NULL);
+    wide third = { w.ctx, net3 };       /* 1836 patches of 145 elements: gathered in several parts */
+    ko.tikhonov = DOT_TIKHONOV_FACTORED;
+    dot_kfac *kc = dot_kfac_create(w.ctx, net3, &ko);
     for (int i = 0; i < 2; ++i) {
         dot_kfac_step(k, wide_loss, NULL, &second);
+        dot_kfac_step(kc, wide_loss, NULL, &third);
         dot_spsa_step(s, wide_loss, &w);
         dot_svrg_step(v, wide_loss, wide_batch, &w);
         dot_lbfgs_step(l, wide_loss, &w);
@@ -1092,10 +1270,10 @@ static double *run_all(dot_dtype dtype, int threads, int64_t *count)
         dot_natural_step(cg, NULL, wide_batch, &w);
     }
     require(w.ctx, true, "run_all");
-    dot_layer *nets[3] = { w.net, small, net2 };
+    dot_layer *nets[4] = { w.net, small, net2, net3 };
     double *all = NULL;
     *count = 0;
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < COUNT(nets); ++i) {
         int64_t more;
         double *values = snapshot(nets[i], 0, TRAINABLE_VALUES, &more);
         assert_non_null(values);
@@ -1194,6 +1372,13 @@ static void test_create_errors(void **state)
     assert_error(lanes, DOT_ERROR_STATE, "dot_kfac_create: a context of 2 lanes, expected one lane");
     assert_null(dot_kfac_create(ctx, dot_nn_linear(ctx, 4096, 1), NULL));
     assert_error(ctx, DOT_ERROR_ARGUMENT, "dot_kfac_create: a layer's size, with the bias, 4097, expected 1 to 4096");
+    dot_conv_options groups = conv_of(3, 1, 0), transposed = conv_of(3, 1, 0);
+    groups.groups = 2;
+    assert_null(dot_kfac_create(ctx, dot_nn_conv2d(ctx, 456, 1, NULL), NULL));
+    assert_error(ctx, DOT_ERROR_ARGUMENT, "dot_kfac_create: a layer's size, with the bias, 4105, expected 1 to 4096");
+    dot_layer *left_out = dot_nn_sequential(ctx, dot_nn_conv2d(ctx, 4, 4, &groups), dot_nn_conv_transpose2d(ctx, 4, 4, &transposed), NULL);
+    assert_null(dot_kfac_create(ctx, left_out, NULL));
+    assert_error(ctx, DOT_ERROR_ARGUMENT, "dot_kfac_create: 0 linear or convolution layers that train under no other K-FAC");
     assert_null(dot_lbfgs_create(ctx, laned, NULL));
     assert_error(ctx, DOT_ERROR_STATE, "dot_lbfgs_create: layer of another context");
     assert_null(dot_lbfgs_create(ctx, empty, NULL));
@@ -1345,13 +1530,15 @@ static dot_context *metered(meter *m)
     return dot_context_create(&o);
 }
 
-/* A network of two linear layers under K-FAC, with the data of another. */
-static problem open_kfac(dot_context *ctx, const data *d, dot_fisher fisher, dot_kfac **s)
+/* A network of two layers under K-FAC, linear or given, with the data of another. */
+static problem open_kfac(dot_context *ctx, const data *d, dot_fisher fisher, dot_layer *given, dot_kfac **s)
 {
     problem p = open_problem(ctx, net_loss, 37, NULL);
     p.x = d->net_x;
     p.y = d->net_y;
     p.rows = 12;
+    if (given)
+        p.layer = given;
     dot_kfac_options o = dot_kfac_defaults();
     o.fisher = fisher;
     o.statistics_every = 3;
@@ -1365,15 +1552,17 @@ static void test_kfac_steady(void **state)
     static dot_tensor *(*const statistics[3])(void *) = { NULL, net_sampled, net_outputs };
     data d = open_data();
     (void)state;
-    for (int fisher = 0; fisher < 3; ++fisher) {
+    for (int i = 0; i < 6; ++i) {
+        int fisher = i % 3;
         meter m = { 0, 0, 0 };
         int64_t after = 0;
         dot_kfac *s;
-        problem p = open_kfac(metered(&m), &d, (dot_fisher)fisher, &s);
+        dot_context *ctx = metered(&m);
+        problem p = open_kfac(ctx, &d, (dot_fisher)fisher, i < 3 ? NULL : small_conv(ctx), &s);
         double before = value_now(&p);
-        for (int i = 0; i < 20; ++i) {
+        for (int step = 0; step < 20; ++step) {
             assert_true(isfinite(dot_kfac_step(s, loss_of, statistics[fisher], &p)));
-            after = i == 0 ? m.allocations : after;
+            after = step == 0 ? m.allocations : after;
         }
         assert_int_equal(m.allocations, after);
         assert_true(value_now(&p) < before);
@@ -1390,7 +1579,7 @@ static void test_kfac_not_finite(void **state)
     data d = open_data();
     dot_kfac *s;
     (void)state;
-    problem p = open_kfac(open_context(DOT_F64, 0, 1), &d, DOT_FISHER_EMPIRICAL, &s);
+    problem p = open_kfac(open_context(DOT_F64, 0, 1), &d, DOT_FISHER_EMPIRICAL, NULL, &s);
     values_of(&p, before);
     for (int k = 1; k <= 2; ++k) {
         p.calls = 0;
@@ -1420,7 +1609,7 @@ static void test_kfac_failing_allocator(void **state)
         dot_context *ctx = metered(&m);
         if (ctx) {
             dot_kfac *s;
-            problem p = open_kfac(ctx, &d, DOT_FISHER_SAMPLED, &s);
+            problem p = open_kfac(ctx, &d, DOT_FISHER_SAMPLED, small_conv(ctx), &s);
             dot_kfac_step(s, loss_of, net_sampled, &p);
             assert_true(dot_ok(ctx) == (m.allocations < fail));
             assert_int_equal(dot_error_status(ctx), dot_ok(ctx) ? DOT_OK : DOT_ERROR_MEMORY);
@@ -1517,6 +1706,8 @@ int main(void)
         cmocka_unit_test(test_natural_not_finite),
         cmocka_unit_test(test_kfac_like_torch),
         cmocka_unit_test(test_kfac_is_natural),
+        cmocka_unit_test(test_kfac_of_many_rows),
+        cmocka_unit_test(test_kfac_without_gradients),
         cmocka_unit_test(test_kfac_errors),
         cmocka_unit_test(test_same_bits),
         cmocka_unit_test(test_option_errors),

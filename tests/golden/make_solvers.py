@@ -6,7 +6,8 @@ bits; only the steps in which the two agree to 1e-11 are written, so that what i
 CMA-ES: means and step sizes of `Cmaes` below, written from arXiv 1604.00772 (figure 6, table 1) with numpy.linalg.eigh, on
 the library's draws (Philox4x32-10 and Box-Muller, written anew). SPSA: the same, from Spall 1992.
 Least squares: the solution of the normal equations by numpy.linalg.lstsq.
-K-FAC: `kfac_case` below, the formulas of alecwangcq/KFAC-Pytorch (commit 3dec464) in float64.
+K-FAC: `kfac_case` below, the factors and dampings of Martens, Grosse 2015 and of Grosse, Martens 2016 with dense solutions, the clip and
+the momentum of alecwangcq/KFAC-Pytorch (commit 3dec464), in float64.
 Natural gradient: numpy.linalg.solve with F from explicit per-example gradients and, for the network, torch's Jacobians.
 """
 import math
@@ -265,52 +266,124 @@ def natural_cases():
           f"{per_example(torch.from_numpy(last)).mean():.3g} in 4 steps")
 
 
-def kfac_case():
-    """4-5-2 with tanh and a layer normalisation, which keeps its gradient; labels sampled from N(prediction, 1)."""
-    x, y = torch.from_numpy(golden["net.x"]), torch.from_numpy(golden["net.y"])
-    lr, momentum, decay, damping, kl_clip, every, inverse_every, steps = 0.05, 0.9, 0.95, 1e-3, 1e-3, 2, 4, 30
-    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.LayerNorm(5), torch.nn.Linear(5, 2))
-    start = 0.5 * np.random.default_rng(4).standard_normal(47)
+def patches(x, m):
+    """[N, T, features]: what each of the T outputs of a convolution sees of x [N, C, spatial...]."""
+    if isinstance(m, torch.nn.Conv3d):
+        x = torch.nn.functional.pad(x, [p for p in reversed(m.padding) for _ in range(2)])
+        for axis in range(3):
+            x = x.unfold(2 + axis, m.kernel_size[axis], m.stride[axis])
+        return x.permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4).flatten(1, 3)
+    sizes = [m.kernel_size, m.dilation, m.padding, m.stride]
+    if isinstance(m, torch.nn.Conv1d):
+        x, sizes = x.unsqueeze(-1), [s + (rest,) for s, rest in zip(sizes, (1, 1, 0, 1))]
+    return torch.nn.functional.unfold(x, *sizes).transpose(1, 2)
+
+
+def kfac_step(A, G, gradient, damping, tikhonov):
+    """The natural gradient of one layer, [out, in], by dense solutions."""
+    if tikhonov == "exact":
+        fisher = torch.kron(G, A) + damping * torch.eye(len(G) * len(A))
+        return torch.linalg.solve(fisher, gradient.reshape(-1)).view_as(gradient)
+    pi = math.sqrt((A.trace() / len(A)) / (G.trace() / len(G)))
+    v = torch.linalg.solve(G + math.sqrt(damping) / pi * torch.eye(len(G)), gradient)
+    return torch.linalg.solve(A + pi * math.sqrt(damping) * torch.eye(len(A)), v.T).T
+
+
+def kfac_case(name, net, shape, fisher, tikhonov, lr, damping, kl_clip, steps, seed):
+    """2 outputs; N = 12; all but linear layers and plain convolutions keep their gradient. sampled: labels from N(prediction, 1).
+    `sources` are sums over the examples, so that the gradients are those of each example."""
+    y, momentum, decay, every, inverse_every, N = torch.from_numpy(golden["net.y"]), 0.9, 0.95, 2, 4, 12
+    features = math.prod(shape)
+    rng = np.random.default_rng(seed)
+    start = 0.5 * rng.standard_normal(sum(p.numel() for p in net.parameters()))
+    golden[f"{name}.x"] = golden["net.x"] if features == 4 else rng.standard_normal((N, features))
+    x = torch.from_numpy(golden[f"{name}.x"]).view(N, *shape)
     torch.nn.utils.vector_to_parameters(torch.tensor(start), net.parameters())
-    layers = [net[0], net[3]]
-    A = {m: torch.eye(m.in_features + 1) for m in layers}
-    G = {m: torch.eye(m.out_features) for m in layers}
-    eigen, buffers, thetas, losses, clips = {}, {p: torch.zeros_like(p) for p in net.parameters()}, [], [], 0
+    plain = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    layers = [m for m in net if isinstance(m, torch.nn.Linear) or (isinstance(m, plain) and m.groups == 1)]
+    ones = {m: int(m.bias is not None) for m in layers}
+    A = {m: torch.eye(m.weight[0].numel() + ones[m]) for m in layers}
+    G = {m: torch.eye(len(m.weight)) for m in layers}
+    inputs, outputs = {}, {}
+
+    def remember(m, given, returned):
+        inputs[m], outputs[m] = given[0], returned
+    for m in layers:
+        m.register_forward_hook(remember)
+    buffers, thetas, losses, clips = {p: torch.zeros_like(p) for p in net.parameters()}, [], [], 0
     for step in range(steps):
         if step % every == 0:
-            inputs = [x, net[2](net[1](net[0](x)))]
-            hidden = net[0](x)
-            prediction = net[3](net[2](net[1](hidden)))
-            noise = torch.tensor([normal(21, step, i) for i in range(24)]).view(12, 2)
-            loss = 0.5 * ((prediction - (prediction.detach() + noise)) ** 2).sum() / 12
-            for m, a, g in zip(layers, inputs, torch.autograd.grad(loss, [hidden, prediction])):
-                a = torch.cat([a.detach(), torch.ones(12, 1)], dim=1)
-                A[m] = decay * A[m] + (1 - decay) * a.T @ a / 12
-                G[m] = decay * G[m] + (1 - decay) * (12 * g).T @ (12 * g) / 12
+            prediction = net(x)
+            if fisher == "gauss_newton":
+                sources = [prediction[:, j].sum() for j in range(2)]
+            elif fisher == "sampled":
+                noise = torch.tensor([normal(21, step, i) for i in range(2 * N)]).view(N, 2)
+                sources = [0.5 * ((prediction - (prediction.detach() + noise)) ** 2).sum()]
+            else:
+                sources = [((prediction - y) ** 2).mean(dim=1).sum()]
+            for m in layers:
+                a = inputs[m].detach()
+                a = a.unsqueeze(1) if a.dim() == 2 else patches(a, m)
+                a = torch.cat([a, torch.ones(*a.shape[:2], ones[m])], dim=2)
+                A[m] = decay * A[m] + (1 - decay) * torch.einsum("nti,ntj->ij", a, a) / N
+                fresh = 0
+                for source in sources:
+                    g, = torch.autograd.grad(source, outputs[m], retain_graph=True)
+                    g = g.flatten(2).transpose(1, 2) if g.dim() > 2 else g.unsqueeze(1)
+                    assert g.shape[1] == a.shape[1]
+                    fresh = fresh + torch.einsum("nti,ntj->ij", g, g) / (N * g.shape[1])
+                G[m] = decay * G[m] + (1 - decay) * fresh
         if step % inverse_every == 0:
-            eigen = {m: [torch.linalg.eigh(factor[m]) for factor in (A, G)] for m in layers}
+            A_used, G_used = dict(A), dict(G)
         net.zero_grad()
         loss = ((net(x) - y) ** 2).mean()
         loss.backward()
         losses.append(loss.item())
         updates, total = {}, 0.0
         for m in layers:
-            (da, qa), (dg, qg) = eigen[m]
-            da, dg = da * (da > 1e-10), dg * (dg > 1e-10)
-            gradient = torch.cat([m.weight.grad, m.bias.grad[:, None]], dim=1)
-            v = qg @ ((qg.T @ gradient @ qa) / (dg[:, None] * da[None, :] + damping)) @ qa.T
-            updates[m.weight], updates[m.bias] = v[:, :-1], v[:, -1]
+            gradient = m.weight.grad.flatten(1)
+            if ones[m]:
+                gradient = torch.cat([gradient, m.bias.grad[:, None]], dim=1)
+            v = kfac_step(A_used[m], G_used[m], gradient, damping, tikhonov)
+            updates[m.weight] = v[:, :m.weight[0].numel()].reshape(m.weight.shape)
+            if ones[m]:
+                updates[m.bias] = v[:, -1]
             total += (v * gradient).sum().item() * lr ** 2
-        nu = min(1.0, math.sqrt(kl_clip / total))
+        nu = min(1.0, math.sqrt(kl_clip / total)) if kl_clip > 0 else 1.0
         clips += nu < 1
         for p in net.parameters():
             buffers[p] = momentum * buffers[p] + (nu * updates[p] if p in updates else p.grad)
             p.data -= lr * buffers[p]
         thetas.append(torch.nn.utils.parameters_to_vector(net.parameters()).detach().numpy().copy())
-    golden["kfac.start"], golden["kfac.theta"], golden["kfac.loss"] = start, np.array(thetas), np.array(losses)
-    metadata["kfac"] = (f"lr={lr} momentum={momentum} decay={decay} damping={damping} kl_clip={kl_clip} statistics_every={every} "
-                        f"inverse_every={inverse_every}")
-    print(f"kfac: loss {losses[0]:.3g} to {losses[-1]:.3g}, clipped {clips} of {steps} times")
+    golden[f"{name}.start"], golden[f"{name}.theta"], golden[f"{name}.loss"] = start, np.array(thetas), np.array(losses)
+    metadata[name] = (f"fisher={['empirical', 'sampled', 'gauss_newton'].index(fisher)} "
+                      f"tikhonov={['exact', 'factored'].index(tikhonov)} lr={lr} momentum={momentum} decay={decay} "
+                      f"damping={damping} kl_clip={kl_clip} statistics_every={every} inverse_every={inverse_every}")
+    print(f"{name}: {len(start)} parameters, loss {losses[0]:.3g} to {losses[-1]:.3g}, clipped {clips} of {steps} times")
+
+
+def kfac_cases():
+    nn = torch.nn
+
+    def dense():
+        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 2))
+
+    def conv1d():
+        return nn.Sequential(nn.Conv1d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv1d(4, 4, 3, groups=2), nn.ConvTranspose1d(4, 2, 2),
+                             nn.Flatten(), nn.Linear(10, 2))
+
+    def conv2d():
+        return nn.Sequential(nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), nn.Tanh(),
+                             nn.Conv2d(3, 2, 2, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(12, 2))
+
+    def conv3d():
+        return nn.Sequential(nn.Conv3d(1, 2, 2, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2))
+    kfac_case("kfac", dense(), (4,), "sampled", "exact", 0.05, 1e-3, 1e-3, 30, 4)
+    kfac_case("kfac.factored", dense(), (4,), "sampled", "factored", 0.05, 1e-2, 0.0, 20, 4)
+    kfac_case("kfac.conv1d", conv1d(), (2, 6), "empirical", "factored", 0.03, 1e-2, 1e-3, 16, 5)
+    kfac_case("kfac.conv2d", conv2d(), (2, 5, 6), "sampled", "exact", 0.03, 1e-2, 1e-3, 16, 6)
+    kfac_case("kfac.conv2d_newton", conv2d(), (2, 5, 6), "gauss_newton", "factored", 0.02, 1e-1, 0.0, 16, 6)
+    kfac_case("kfac.conv3d", conv3d(), (1, 3, 2, 3), "sampled", "exact", 0.03, 1e-2, 0.0, 16, 7)
 
 
 if __name__ == "__main__":
@@ -319,5 +392,5 @@ if __name__ == "__main__":
     spsa_case()
     least_squares()
     natural_cases()
-    kfac_case()
+    kfac_cases()
     save_file({k: np.ascontiguousarray(v) for k, v in golden.items()}, HERE / "solvers.safetensors", metadata)
