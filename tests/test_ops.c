@@ -3,6 +3,7 @@
    selects tests by name, e.g. `test_ops 'conv2d*'`. */
 #include "dotopt.h"
 
+#include <float.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -1198,6 +1199,74 @@ static void test_gradient_check_fails(void **state)
     dot_context_destroy(ctx);
 }
 
+/* ---- functions of float ------------------------------------------------------------------------------------------ */
+
+/* Distance from libm's double function, in units of the last place of the nearest float. */
+static double ulps(float y, double exact)
+{
+    int exponent;
+    if (isnan(exact) || isinf((float)exact))
+        return isnan(exact) ? isnan(y) ? 0 : INFINITY : y == (float)exact ? 0 : INFINITY;
+    frexp(fmax(fabs(exact), FLT_MIN), &exponent);
+    return fabs((double)y - exact) / ldexp(1, exponent - FLT_MANT_DIG);
+}
+
+static double erf_gelu(double x) { return 0.5 * x * erfc(-x * sqrt(0.5)); }
+static double logistic(double x) { return 1 / (1 + exp(-x)); }
+
+/* Numbers of all magnitudes: the errors that dotopt.h states, and the same bits with and without the processor's vectors. */
+static void test_functions_of_float(void **state)
+{
+    static const struct {
+        const char *name;
+        dot_tensor *(*f)(dot_tensor *x);
+        double (*exact)(double x);
+        double most, low, high;             /* ulps, for low <= x <= high */
+    } rows[] = {
+        { "exp", dot_exp, exp, 1, -103, 1e30 }, { "log", dot_log, log, 1, -1e30, 1e38 }, { "tanh", dot_tanh, tanh, 1.5, -1e30, 1e30 },
+        { "sigmoid", dot_sigmoid, logistic, 3.5, -87, 1e30 }, { "gelu", dot_gelu, erf_gelu, 24, -4, 4 },
+    };
+    enum { N = 1 << 16 };
+    static float x[N];
+    double worst[COUNT(rows)] = { 0 };
+    int64_t shape[1] = { N };
+    dot_context *ctx[2];
+    (void)state;
+    for (int simd = 0; simd < 2; ++simd) {
+        dot_context_options o = dot_context_defaults();
+        o.simd = simd;
+        o.flush_denormals = false;
+        ctx[simd] = dot_context_create(&o);
+        assert_non_null(ctx[simd]);
+    }
+    for (uint32_t block = 0; block < 16; ++block) {
+        for (uint32_t i = 0; i < N; ++i) {
+            uint32_t bits = i << 16 | ((i * 40503u + block * 4099u) & 0xffffu);
+            memcpy(&x[i], &bits, sizeof bits);
+        }
+        for (int r = 0; r < COUNT(rows); ++r) {
+            const float *y[2];
+            for (int simd = 0; simd < 2; ++simd) {
+                dot_eval_begin(ctx[simd]);
+                y[simd] = (const float *)dot_tensor_data(rows[r].f(dot_input(ctx[simd], DOT_F32, 1, shape, x)), 0);
+                assert_string_equal(dot_error(ctx[simd]), "");
+            }
+            for (int i = 0; i < N; ++i) {
+                if (memcmp(&y[0][i], &y[1][i], sizeof(float)) != 0 && !(isnan(y[0][i]) && isnan(y[1][i])))
+                    fail_msg("%s(%.9g): %.9g without vectors, %.9g with", rows[r].name, x[i], y[0][i], y[1][i]);
+                if (x[i] >= rows[r].low && x[i] <= rows[r].high)
+                    worst[r] = fmax(worst[r], ulps(y[0][i], rows[r].exact(x[i])));
+            }
+        }
+    }
+    for (int r = 0; r < COUNT(rows); ++r) {
+        printf("# %s: at most %.2f ulp\n", rows[r].name, worst[r]);
+        assert_true(worst[r] <= rows[r].most);
+    }
+    dot_context_destroy(ctx[0]);
+    dot_context_destroy(ctx[1]);
+}
+
 /* ---- all of it --------------------------------------------------------------------------------------------------- */
 
 static void test_every_operation(void **state)
@@ -1228,7 +1297,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_dropout_lanes), cmocka_unit_test(test_errors), cmocka_unit_test(test_null_arguments),
         cmocka_unit_test(test_errors_in_lanes), cmocka_unit_test(test_mixed_arguments), cmocka_unit_test(test_backward_errors),
         cmocka_unit_test(test_two_losses), cmocka_unit_test(test_fan_out),
-        cmocka_unit_test(test_gradient_check_fails), cmocka_unit_test(test_every_operation)
+        cmocka_unit_test(test_gradient_check_fails), cmocka_unit_test(test_functions_of_float),
+        cmocka_unit_test(test_every_operation)
     };
     struct CMUnitTest tests[COUNT(files) + COUNT(others)];
     for (int i = 0; i < COUNT(files); ++i) {
