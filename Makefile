@@ -23,6 +23,8 @@ examples: $(EXAMPLES) ## build the examples, each with a single cc line
 check-compilers: ## build with every compiler that is installed
 	tests/compile.sh
 
+bench: $(B)/bench ## build the benchmarks (build/bench --help; tools/compare: beside PyTorch)
+
 sanitize: examples ## run the tests with the address, undefined behaviour and thread sanitizers
 	$(MAKE) test B=build/asan CFLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all'
 	$(MAKE) test B=build/tsan CFLAGS='-O1 -g -fsanitize=thread'
@@ -74,4 +76,8 @@ $(B)/test_%: tests/test_%.c $(B)/dotopt.o $(wildcard tests/*.h examples/*.[ch]) 
 	@mkdir -p $(B) && rm -f $@
 	$(COMPILE) $< $(B)/dotopt.o -lcmocka -lm -pthread
 
-.PHONY: sweep test examples check-compilers sanitize install clean help compiler stb data cmocka
+$(B)/bench: tools/bench.c dotopt.h $(wildcard tools/bench_*.h) | compiler
+	@mkdir -p $(B) && rm -f $@
+	$(COMPILE) $< -lm -pthread -ldl
+
+.PHONY: sweep test examples bench check-compilers sanitize install clean help compiler stb data cmocka
