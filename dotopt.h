@@ -4009,13 +4009,17 @@ typedef struct dot__outer_plan {
     const dot__kernels *kernel;
     int64_t rows, taps, depth;
     bool patches;                   /* as in the matrix product */
+    bool far_a, far_d;              /* rows of A, of D, are copied together before they are multiplied */
     int64_t parts, part_rows;       /* the rows are summed in this many parts, each into its own copy of W, added up in order */
     int64_t k_piece, k_pieces, column_piece, column_pieces, tap_pieces;
     size_t elements;                /* of W, all batches */
     char *partial;                  /* [lane][part][W], or NULL */
 } dot__outer_plan;
 
-#define DOT__OUTER_ROWS 192         /* rows whose pointers are made at a time */
+#define DOT__OUTER_ROWS 96          /* rows whose pointers are made at a time */
+#define DOT__OUTER_K 64             /* most k's and columns of a piece */
+#define DOT__OUTER_COLUMNS 128
+#define DOT__FAR 1024               /* bytes between rows, from which on they compete for the same few lines of L1 and are copied together */
 
 /* The rows of one block that a tap reaches: padding contributes nothing and is left out. */
 static int64_t dot__outer_pointers(const dot__outer_plan *plan, dot__position at, int64_t rows, int tap, const char *a,
@@ -4036,19 +4040,26 @@ static int64_t dot__outer_pointers(const dot__outer_plan *plan, dot__position at
     return count;
 }
 
-static void dot__outer_tiles(const dot__outer_plan *plan, dot__outer_tile *tile, char *w, int64_t k0, int64_t k1, int64_t column0,
-                             int64_t column1)
+/* Copies so many elements of each row to one place, and points there instead; skewed, so that columns spread over L1. */
+static void dot__outer_gather(const void **rows, int64_t count, int64_t elements, size_t element, void *to)
+{
+    size_t bytes = (size_t)elements * element, step = (size_t)dot__round_up((int64_t)bytes, DOT__ALIGN) + DOT__ALIGN;
+    for (int64_t i = 0; i < count; ++i) rows[i] = memcpy((char *)to + (size_t)i * step, rows[i], bytes);
+}
+
+/* W, of `height` k's and `width` columns. */
+static void dot__outer_tiles(const dot__outer_plan *plan, dot__outer_tile *tile, char *w, int64_t height, int64_t width)
 {
     size_t element = dot_dtype_size(plan->job->dtype);
-    int height = plan->kernel->outer_rows, width = plan->kernel->columns;
-    for (int64_t k = k0; k < k1; k += height)
-        for (int64_t j = column0; j < column1; j += width) {
+    const dot__kernels *kernel = plan->kernel;
+    for (int64_t j = 0; j < width; j += kernel->columns)        /* these columns of D stay in L1 for all of A's */
+        for (int64_t k = 0; k < height; k += kernel->outer_rows) {
             tile->a_at = k;
             tile->d_at = j;
-            tile->rows = (int)dot__min(height, k1 - k);
-            tile->columns = (int)dot__min(width, column1 - j);
+            tile->rows = (int)dot__min(kernel->outer_rows, height - k);
+            tile->columns = (int)dot__min(kernel->columns, width - j);
             tile->w = w + (size_t)(k * plan->job->w_row + j) * element;
-            plan->kernel->outer(tile);
+            kernel->outer(tile);
         }
 }
 
@@ -4064,15 +4075,15 @@ static void dot__outer_piece(void *argument, int lane, int64_t piece)
     int tap0 = (int)(piece % plan->tap_pieces), tap1 = plan->tap_pieces == 1 ? (int)plan->taps : tap0 + 1;
     piece /= plan->tap_pieces;
     int64_t part = piece % plan->parts, batch = piece / plan->parts;
-    int64_t column1 = dot__min(job->columns, column + plan->column_piece), k1 = dot__min(plan->depth, k0 + plan->k_piece);
-    const char *a = (const char *)dot__lane(job->a, lane) + (size_t)(batch * job->a_batch) * element;
-    char *d = (char *)dot__lane(job->d, lane) + (size_t)(batch * job->d_batch) * element;
+    int64_t width = dot__min(job->columns - column, plan->column_piece), height = dot__min(plan->depth - k0, plan->k_piece);
+    const char *a = (const char *)dot__lane(job->a, lane) + (size_t)(batch * job->a_batch + (plan->patches ? 0 : k0)) * element;
+    char *d = (char *)dot__lane(job->d, lane) + (size_t)(batch * job->d_batch + column) * element;
     char *w = plan->partial ? plan->partial + ((size_t)lane * (size_t)plan->parts + (size_t)part) * plan->elements * element
                             : (char *)dot__lane(job->w, lane);
-    w += (size_t)(batch * job->w_batch) * element;
+    w += (size_t)(batch * job->w_batch + k0 * job->w_row + column) * element;
     const void *as[DOT__OUTER_ROWS], *ds[DOT__OUTER_ROWS];
     void *rows_of_d[DOT__OUTER_ROWS];
-    double patches[DOT__OUTER_ROWS * 64 + DOT__MAX_COLUMNS];
+    double patches[DOT__OUTER_ROWS * (DOT__OUTER_K + 8) + DOT__MAX_COLUMNS], columns[DOT__OUTER_ROWS * (DOT__OUTER_COLUMNS + 8) + DOT__MAX_COLUMNS];
     dot__outer_tile tile;
     tile.a = as;
     tile.w_row = job->w_row;
@@ -4082,17 +4093,19 @@ static void dot__outer_piece(void *argument, int lane, int64_t piece)
         dot__position at = dot__position_of(&job->rows, r);
         dot__gemm_targets(&job->rows, at, rows, d, element, rows_of_d);
         tile.accumulate = r > first || (job->accumulate && !plan->partial);
+        tile.d = ds;
         if (plan->patches) {
             DOT__CALL(job->dtype, dot__patches, (&job->rows, at, rows, job->depth, a, patches));
-            for (int64_t i = 0; i < rows; ++i) as[i] = (char *)patches + (size_t)(i * plan->depth) * element;
+            for (int64_t i = 0; i < rows; ++i) as[i] = (char *)patches + (size_t)(i * plan->depth + k0) * element;
             tile.d = (const void *const *)rows_of_d;
             tile.count = rows;
-            dot__outer_tiles(plan, &tile, w, k0, k1, column, column1);
+            dot__outer_tiles(plan, &tile, w, height, width);
         } else
             for (int tap = tap0; tap < tap1; ++tap) {
-                tile.d = ds;
                 tile.count = dot__outer_pointers(plan, at, rows, tap, a, rows_of_d, as, ds);
-                dot__outer_tiles(plan, &tile, w + (size_t)dot__tap_weight(&job->rows, tap) * element, k0, k1, column, column1);
+                if (plan->far_a) dot__outer_gather(as, tile.count, height, element, patches);
+                if (plan->far_d) dot__outer_gather(ds, tile.count, width, element, columns);
+                dot__outer_tiles(plan, &tile, w + (size_t)dot__tap_weight(&job->rows, tap) * element, height, width);
             }
     }
 }
@@ -4123,14 +4136,16 @@ static void dot__outer_planning(dot_context *ctx, dot__outer_plan *plan, dot__ou
     plan->depth = job->depth;
     plan->elements = (size_t)(plan->taps * job->depth * job->columns * job->batch);
     /* Patches need the taps one behind the other in W, which holds when there is one group. */
-    plan->patches = plan->taps > 1 && plan->depth < 8 && plan->taps * plan->depth <= 64 && job->batch == 1;
+    plan->patches = plan->taps > 1 && plan->depth < 8 && plan->taps * plan->depth <= DOT__OUTER_K && job->batch == 1;
     if (plan->patches) { plan->depth *= plan->taps; plan->taps = 1; }
     bool split_rows = plan->rows >= 1024 && plan->elements <= 65536;
     plan->parts = split_rows ? 8 : 1;
     plan->part_rows = dot__ceil_div(plan->rows, plan->parts);
     plan->tap_pieces = split_rows ? 1 : plan->taps;
-    plan->k_piece = split_rows ? plan->depth : 48;
-    plan->column_piece = split_rows ? job->columns : 128;
+    plan->k_piece = dot__min(plan->depth, DOT__OUTER_K);
+    plan->column_piece = dot__min(job->columns, DOT__OUTER_COLUMNS);
+    plan->far_a = job->depth * job->batch * (int64_t)dot_dtype_size(job->dtype) >= DOT__FAR;
+    plan->far_d = job->columns * job->batch * (int64_t)dot_dtype_size(job->dtype) >= DOT__FAR;
     plan->k_pieces = dot__ceil_div(plan->depth, dot__max(1, plan->k_piece));
     plan->column_pieces = dot__ceil_div(job->columns, dot__max(1, plan->column_piece));
 }
