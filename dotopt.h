@@ -49,7 +49,7 @@
      [8 losses]          losses and metrics
      [9 optimizers]      optimizers
      [10 schedules]      learning-rate schedules
-     [11 utilities]      gradient check; clipping, accumulation, averages, Lookahead, SAM, guards, telemetry
+     [11 utilities]      gradient check; clipping, accumulation, averages, Lookahead, Mechanic, SAM, guards, telemetry
      [12 files]          safetensors, checkpoints, datasets
 */
 #ifndef DOTOPT_H
@@ -531,8 +531,12 @@ dot_tensor *dot_cross_entropy_loss(dot_tensor *logits, dot_tensor *labels, doubl
     X(DOT_CAME, "came", CAME, "Adafactor with confidence", "Luo et al. 2023", o.lr = 2e-4, o.beta3 = 0.9999, o.eps2 = 1e-16) \
     X(DOT_MUON, "muon", MUON, "orthogonalised momentum; vectors by AdamW", "Jordan et al. 2024; torch.optim.Muon", \
       o.lr = 1e-3, o.beta1 = 0.95, o.nesterov = true, o.weight_decay = 0.1, o.eps = 1e-7) \
-    X(DOT_SHAMPOO, "shampoo", SHAMPOO, "preconditioned on both sides; sides above 512 are left out", "Gupta et al. 2018", \
+    X(DOT_SHAMPOO, "shampoo", SHAMPOO, "preconditioned on both sides", "Gupta et al. 2018", \
       o.lr = 0.1, o.beta1 = 0, o.eps = 1e-4) \
+    X(DOT_SOAP, "soap", SOAP, "Adam in the eigenbasis of Shampoo's matrices", "Vyas et al. 2024", \
+      o.lr = 3e-3, o.beta1 = 0.95, o.beta2 = 0.95, o.weight_decay = 1e-2, o.period = 10) \
+    X(DOT_PSGD_KRON, "psgd-kron", PSGD_KRON, "momentum, whitened by a triangular matrix for each side; random draws", \
+      "Li 2018, 2022; Walters' kron", o.lr = 1e-3, o.initial = 1, o.clip_threshold = 1.1) \
     X(DOT_GALORE, "galore", GALORE, "Adam in a low-rank projection of each gradient", "Zhao et al. 2024", \
       o.lr = 1e-3, o.rank = 32, o.period = 200) \
     X(DOT_SCION, "scion", SCION, "steps of fixed norm: spectral for matrices, RMS for vectors", "Pethick et al. 2025", \
@@ -570,14 +574,14 @@ bool        dot_algorithm_find(const char *name, dot_algorithm *algorithm);
     X(DOT_HYPER_DECAY_PERIOD,    decay_period,    1,     1, 1e18, "steps in the run or restart period (DOT_DECAY_NORMALIZED)") \
     X(DOT_HYPER_DAMPENING,       dampening,       0,     0, 1,    "SGD: momentum takes (1 - dampening) g") \
     X(DOT_HYPER_LR_DECAY,        lr_decay,        0,     0, 1e30, "AdaGrad: lr / (1 + (t-1) lr_decay)") \
-    X(DOT_HYPER_INITIAL,         initial,         0,     0, 1e30, "AdaGrad, Yogi: first value of the second moment") \
+    X(DOT_HYPER_INITIAL,         initial,         0,     0, 1e30, "AdaGrad, Yogi: first value of the second moment; PSGD: scale of the first Q") \
     X(DOT_HYPER_MOMENTUM_DECAY,  momentum_decay,  4e-3,  0, 1e3,  "NAdam: psi of the momentum schedule") \
     X(DOT_HYPER_RHO,             rho,             0.04,  0, 1e30, "Sophia-G: scale of the curvature") \
     X(DOT_HYPER_BATCH,           batch,           1,     1, 1e18, "Sophia-G: examples (times tokens) in a batch") \
     X(DOT_HYPER_POWER,           power,           1,     0, 10,   "AdaHessian: of the curvature's root") \
     X(DOT_HYPER_NS_STEPS,        ns_steps,        5,     0, 100,  "Muon, Scion: Newton-Schulz iterations") \
     X(DOT_HYPER_RANK,            rank,            32,    1, 1e6,  "GaLore: rank of the projection") \
-    X(DOT_HYPER_PERIOD,          period,          200,   1, 1e18, "GaLore: steps from one projection to the next") \
+    X(DOT_HYPER_PERIOD,          period,          200,   1, 1e18, "GaLore, SOAP: steps from one projection (basis) to the next") \
     X(DOT_HYPER_SCALE,           scale,           0.25,  0, 1e30, "GaLore: of the projected step") \
     X(DOT_HYPER_GAMMA,           gamma,           0.01,  0, 1e30, "Sophia-H, MARS: scale; AdaBound: closing speed; noise: its decay") \
     X(DOT_HYPER_ALPHA,           alpha,           1,     0, 1e30, "AdEMAMix, PNM: weight of the other momentum; ASGD: power of lr's decay") \
@@ -605,7 +609,12 @@ bool        dot_algorithm_find(const char *name, dot_algorithm *algorithm);
     X(DOT_HYPER_BETA2_EXPONENT,  beta2_exponent,  0.8,   0, 1e3,  "Adafactor: beta2_t = 1 - t^-beta2_exponent") \
     X(DOT_HYPER_EPS1,            eps1,            1e-30, 0, 1e30, "Adafactor: added to g^2") \
     X(DOT_HYPER_EPS2,            eps2,            1e-3,  0, 1e30, "Adafactor: least scale of a parameter") \
-    X(DOT_HYPER_CLIP_THRESHOLD,  clip_threshold,  1, 1e-30, 1e30, "Adafactor: RMS that an update is clipped to")
+    X(DOT_HYPER_CLIP_THRESHOLD,  clip_threshold,  1, 1e-30, 1e30, "Adafactor, PSGD: RMS that an update is clipped to") \
+    X(DOT_HYPER_MAX_PRECOND_DIM, max_precond_dim, 512,   0, 1e6,  "Shampoo, SOAP: longer sides are left as they are; PSGD: are diagonal") \
+    X(DOT_HYPER_PRECOND_LR,      precond_lr,      0.1,   0, 1e30, "PSGD: step of the preconditioner Q, which is updated once 1 / p steps have") \
+    X(DOT_HYPER_PROB_START,      prob_start,      500,   0, 1e18, "PSGD: passed, p = exp(-prob_decay (t - 1 - prob_start)), at most 1") \
+    X(DOT_HYPER_PROB_DECAY,      prob_decay,      1e-3,  0, 1e30, "PSGD: how fast updates become rare after prob_start steps") \
+    X(DOT_HYPER_MIN_PROB,        min_prob,        0.03,  1e-9, 1, "PSGD: the least p")
 
 typedef enum dot_hyper {
 #define DOT__ENUM(constant, field, value, least, greatest, meaning) constant,
@@ -631,7 +640,7 @@ typedef enum dot_decay {
    that name refuses it. */
 typedef enum dot_dialect {
     DOT_DIALECT_DEFAULT,
-    DOT_DIALECT_OPTAX,          /* AMSGrad, NAdam, RAdam, LARS; Adafactor: the two largest axes of 128 or more, lr as it is */
+    DOT_DIALECT_OPTAX,          /* AMSGrad, NAdam, RAdam, LARS, Muon; Adafactor: the two largest axes of 128 or more, lr as it is */
     DOT_DIALECT_PAPER,          /* AMSGrad: no bias correction */
     DOT_DIALECT_OFFICIAL,       /* RAdam: no step at all before it can be rectified */
     DOT_DIALECT_TF,             /* RMSprop: v starts at 1, eps under the root, lr inside the momentum */
@@ -640,7 +649,9 @@ typedef enum dot_dialect {
     DOT_DIALECT_TORCH,          /* Adafactor: last two axes, no eps1 in the mean (set eps1 to the type's epsilon), always scaled */
     DOT_DIALECT_HF,             /* Adafactor: last two axes; decay times the whole step */
     DOT_DIALECT_T2T,            /* Adafactor: matrices only; the authors' tensor2tensor */
-    DOT_DIALECT_MATCH_RMS,      /* Muon: scaled to AdamW's RMS (Liu et al. 2025) */
+    DOT_DIALECT_MATCH_RMS,      /* Muon: 0.2 sqrt(max(rows, columns)), AdamW's RMS (Liu et al. 2025; PyTorch's match_rms_adamw); default:
+                                   sqrt(max(1, rows / columns)) (Jordan et al. 2024; PyTorch's original) */
+    DOT_DIALECT_SPECTRAL,       /* Muon: sqrt(rows / columns) (Bernstein, Newhouse 2024; PyTorch's spectral_unclamped) */
     DOT_DIALECTS
 } dot_dialect;
 const char *dot_dialect_name(dot_dialect dialect);      /* "optax"; NULL when out of range */
@@ -1199,6 +1210,26 @@ dot_lookahead_options dot_lookahead_defaults(void);
 dot_lookahead *dot_lookahead_create(dot_optimizer *optimizer, const dot_lookahead_options *options);
 bool           dot_lookahead_update(dot_lookahead *lookahead);      /* after every dot_optimizer_step (dot_guard_step) */
 dot_state     *dot_lookahead_state(dot_lookahead *lookahead);
+
+/* Mechanic around any optimizer learns the factor s of its steps: keep the optimizer's lr at 1, or at a schedule's shape. With x0 the
+   parameters at the first step and D the sum of the steps d so far, theta = x0 - s D, s = sum of s_i, i = 1..betas, b_i = 1 - 0.1^i:
+     h = <g + weight_decay s |g| / (|theta| + eps) theta, D'>, D' = s / (s + eps) D;   D = D' + d;   norms over all parameters
+     r_i = b_i r_i + s_i min(max(h, -m_i), m_i)     m_i = max(b_i m_i, |h| + eps)     v_i = b_i^2 v_i + h^2
+     s_i = (s_init / betas m_i + max(r_i, 0)) / (sqrt(v_i) + eps)
+   One more copy of the parameters, and of the weights for the time of a step.   Cutkosky, Defazio, Mehta 2023, alg. 1, in the form of
+   optax.contrib.mechanize, by the authors */
+typedef struct dot_mechanic_options {
+    uint32_t magic;             /* set by dot_mechanic_defaults */
+    double weight_decay;        /* 1e-2; besides the optimizer's own */
+    double s_init, eps;         /* 1e-6, above 0; 1e-8, above 0 */
+    int betas;                  /* 6; 1 to 12 */
+} dot_mechanic_options;
+typedef struct dot_mechanic dot_mechanic;
+dot_mechanic_options dot_mechanic_defaults(void);
+dot_mechanic *dot_mechanic_create(dot_optimizer *optimizer, const dot_mechanic_options *options);
+bool          dot_mechanic_step(dot_mechanic *mechanic, double multiplier);         /* in place of dot_optimizer_step */
+double        dot_mechanic_scale(const dot_mechanic *mechanic, int lane);           /* s; NaN when there is no such lane */
+dot_state    *dot_mechanic_state(dot_mechanic *mechanic);
 
 /* Sharpness-aware minimisation: the gradient at the worst point near theta is used at theta, for two backward passes a step:
 
@@ -7449,7 +7480,8 @@ bool dot_algorithm_find(const char *name, dot_algorithm *algorithm)
 
 const char *dot_dialect_name(dot_dialect dialect)
 {
-    static const char *const names[] = { "default", "optax", "paper", "official", "tf", "inside", "mlcommons", "torch", "hf", "t2t", "match_rms" };
+    static const char *const names[] = { "default", "optax", "paper", "official", "tf", "inside", "mlcommons", "torch", "hf", "t2t", "match_rms",
+                                         "spectral" };
     return (unsigned)dialect < DOT_DIALECTS ? names[dialect] : NULL;
 }
 
@@ -7745,7 +7777,7 @@ static double dot__half_life_between(double from, double to, double a)
       s0 = s0 + a1 * (g - s0); s1 = beta2 * s1 + a2 * g * g; d = lr * ATAN2(k0 * s0, root2 * ROOT(s1)), {})
 
 /* X(rule, size of each state, names, function): sizes in rows, columns, n, axes (the sum of all axes' sizes), f; n-sized states have the
-   parameter's shape. */
+   parameter's shape. The rules made of matrix products are the last, from SHAMPOO on. */
 #define DOT__MATRIX_RULES(X) \
     X(SPARSE_ADAM, n, n, 0, 0, 0, "exp_avg,exp_avg_sq", dot__sparse_adam) \
     X(ADAM_MINI, n, rows, 0, 0, 0, "exp_avg,exp_avg_sq", dot__adam_mini) \
@@ -7756,8 +7788,12 @@ static double dot__half_life_between(double from, double to, double a)
       "exp_avg_sq_row,exp_avg_sq_col,exp_avg,exp_avg_res_row,exp_avg_res_col", dot__came) \
     X(ADAFACTOR, dot__factor_axes_of(f->dialect, p).r, dot__factor_axes_of(f->dialect, p).c, f->beta1 > 0 ? n : 0, 0, 0, \
       "row_var,col_var,exp_avg", dot__adafactor) \
-    X(SHAMPOO, dot__shampoo_size(rows, matrix, n), dot__shampoo_size(columns, matrix, 0), f->beta1 > 0 ? n : 0, 0, 0, \
+    X(SHAMPOO, dot__shampoo_size(f, rows, matrix, n), dot__shampoo_size(f, columns, matrix, 0), f->beta1 > 0 ? n : 0, 0, 0, \
       "left,right,momentum_buffer", dot__shampoo) \
+    X(SOAP, n, n, 2 * dot__shampoo_size(f, rows, matrix, 0), 2 * dot__shampoo_size(f, columns, matrix, 0), 0, \
+      "exp_avg,exp_avg_sq,left,right", dot__soap) \
+    X(PSGD_KRON, n, matrix ? dot__kron_size(f, rows) : 0, matrix ? dot__kron_size(f, columns) : n, 0, 0, \
+      "momentum_buffer,left,right", dot__psgd_kron) \
     X(GALORE, matrix ? dot__galore_rank(f->rank, rows, columns) * dot__min(rows, columns) : 0, \
       matrix ? dot__galore_rank(f->rank, rows, columns) * dot__max(rows, columns) : n, \
       matrix ? dot__galore_rank(f->rank, rows, columns) * dot__max(rows, columns) : n, 0, 0, "projection,exp_avg,exp_avg_sq", dot__galore) \
@@ -8197,7 +8233,8 @@ static bool dot__dialect_ok(dot__rule rule, dot_dialect dialect)
         { DOT__RULE_AMSGRAD, DOT_DIALECT_OPTAX }, { DOT__RULE_AMSGRAD, DOT_DIALECT_PAPER }, { DOT__RULE_NADAM, DOT_DIALECT_OPTAX },
         { DOT__RULE_NADAM, DOT_DIALECT_MLCOMMONS }, { DOT__RULE_RADAM, DOT_DIALECT_OPTAX }, { DOT__RULE_RADAM, DOT_DIALECT_OFFICIAL },
         { DOT__RULE_LARS, DOT_DIALECT_OPTAX }, { DOT__RULE_RMSPROP, DOT_DIALECT_TF }, { DOT__RULE_ADAGRAD, DOT_DIALECT_INSIDE },
-        { DOT__RULE_MUON, DOT_DIALECT_MATCH_RMS }, { DOT__RULE_ADAFACTOR, DOT_DIALECT_OPTAX }, { DOT__RULE_ADAFACTOR, DOT_DIALECT_TORCH },
+        { DOT__RULE_MUON, DOT_DIALECT_MATCH_RMS }, { DOT__RULE_MUON, DOT_DIALECT_SPECTRAL }, { DOT__RULE_MUON, DOT_DIALECT_OPTAX },
+        { DOT__RULE_ADAFACTOR, DOT_DIALECT_OPTAX }, { DOT__RULE_ADAFACTOR, DOT_DIALECT_TORCH },
         { DOT__RULE_ADAFACTOR, DOT_DIALECT_HF }, { DOT__RULE_ADAFACTOR, DOT_DIALECT_T2T },
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; ++i)
@@ -8238,6 +8275,8 @@ static bool dot__rule_options_ok(dot_context *ctx, const char *f, const dot_opti
                   o->dampening);
     else if ((rule == DOT__RULE_SCHEDULE_FREE_SGD || rule == DOT__RULE_SCHEDULE_FREE_ADAMW) && o->beta1 == 0)
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: %s with beta1 0, expected more: the averaged point would be lost", f, name);
+    else if (rule == DOT__RULE_PSGD_KRON && o->initial == 0)
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: initial 0 for %s, expected more: the preconditioner would stay 0", f, name);
     else if (rule == DOT__RULE_CUSTOM
              && (!o->rule || !o->rule->name || !o->rule->update || o->rule->states < 0 || o->rule->states > DOT_MAX_STATES))
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: rule %s with %d states, expected a name, an update function and 0 to %d states", f,
@@ -8292,19 +8331,25 @@ static bool dot__slot_visit(void *user, const char *name, dot__parameter *p)
     return true;
 }
 
-/* What a parameter needs: the matrix that a factored one is seen as, and the elements and type of each state. */
-typedef struct dot__plan { int64_t rows, columns; bool factored; int64_t size[DOT_MAX_STATES]; dot_dtype dtype; } dot__plan;
+/* What a parameter needs: the matrix that a factored one is seen as, and the elements and type of each state. From state `wide` on the
+   type is double. */
+typedef struct dot__plan { int64_t rows, columns; bool factored; int64_t size[DOT_MAX_STATES]; dot_dtype dtype; int wide; } dot__plan;
+
+static dot_dtype dot__plan_dtype(const dot__plan *plan, int i) { return i < plan->wide ? plan->dtype : DOT_F64; }
 
 /* The two axes that an Adafactor dialect factors, and the sizes of R (without `column`) and C (without `row`). */
 typedef struct dot__factor_axes { bool factored; int row, column; int64_t r, c; } dot__factor_axes;
 static dot__factor_axes dot__factor_axes_of(dot_dialect dialect, const dot__parameter *p);
 
-/* Shampoo preconditions sides of up to this size. */
-enum { DOT__SHAMPOO_SIDE = 512 };
-static int64_t dot__shampoo_size(int64_t side, bool matrix, int64_t otherwise)
+/* Shampoo and SOAP: the matrix of a side that is preconditioned. */
+static int64_t dot__shampoo_size(const dot_optimizer_options *f, int64_t side, bool matrix, int64_t otherwise)
 {
-    return !matrix ? otherwise : side <= DOT__SHAMPOO_SIDE ? side * side : 0;
+    return !matrix ? otherwise : (double)side <= f->max_precond_dim ? side * side : 0;
 }
+
+/* PSGD-Kron: a triangle, or only its diagonal where the side is too long, or 1. */
+static bool dot__kron_diagonal(const dot_optimizer_options *f, int64_t side) { return side == 1 || (double)side > f->max_precond_dim; }
+static int64_t dot__kron_size(const dot_optimizer_options *f, int64_t side) { return dot__kron_diagonal(f, side) ? side : side * side; }
 
 static int64_t dot__galore_rank(double rank, int64_t rows, int64_t columns) { return dot__min((int64_t)rank, dot__min(rows, columns)); }
 
@@ -8333,6 +8378,7 @@ static dot__plan dot__plan_of(const dot_optimizer_options *o, const dot__paramet
     plan.rows = n;
     plan.columns = 1;
     plan.dtype = o->state == DOT_STATE_FULL ? p->tensor->dtype : DOT_U8;
+    plan.wide = rule == DOT__RULE_SOAP ? 2 : DOT_MAX_STATES;    /* float would drown the small eigenvalues, whose directions Adam scales up */
     if (rule > DOT__RULE_MATRIX) {
         dot__matrix_plan(rule, o, p, plan.size);
         return plan;
@@ -8365,7 +8411,7 @@ static bool dot__slot_states(dot_optimizer *opt, dot__slot *slot)
     slot->blocks = dot__ceil_div(slot->rows, slot->block_rows);
     for (int i = 0; i < DOT_MAX_STATES; ++i)
         if ((plan.size[i] > 0 || (empty && opt->states >> i & 1))
-            && !(slot->state[i] = dot__persistent_tensor(opt->ctx, plan.dtype, 1, &plan.size[i], plan.size[i]))) return false;
+            && !(slot->state[i] = dot__persistent_tensor(opt->ctx, dot__plan_dtype(&plan, i), 1, &plan.size[i], plan.size[i]))) return false;
     return true;
 }
 
@@ -8377,7 +8423,7 @@ static bool dot__bytes_visit(void *user, const char *name, dot__parameter *p)
     (void)name;
     if (!dot__trainable(p)) return true;
     dot__plan plan = dot__plan_of(job->options, p);
-    for (int i = 0; i < DOT_MAX_STATES; ++i) job->bytes += (size_t)plan.size[i] * dot_dtype_size(plan.dtype) * (size_t)job->lanes;
+    for (int i = 0; i < DOT_MAX_STATES; ++i) job->bytes += (size_t)plan.size[i] * dot_dtype_size(dot__plan_dtype(&plan, i)) * (size_t)job->lanes;
     return true;
 }
 
@@ -8471,9 +8517,10 @@ bool dot_optimizer_set(dot_optimizer *opt, dot_hyper which, int group, int lane,
 {
     if (!opt || !dot_ok(opt->ctx) || !dot__hyper_index_ok(opt, "dot_optimizer_set", which, group, lane, true)
         || !dot__hyper_ok(opt->ctx, "dot_optimizer_set", which, value)) return false;
-    if (which == DOT_HYPER_RANK && value != opt->options.rank) {
-        dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_optimizer_set: rank %g, expected the %g of the optimizer's creation", value,
-                  opt->options.rank);
+    double created = *dot__option(&opt->options, (int)which);
+    if ((which == DOT_HYPER_RANK || which == DOT_HYPER_MAX_PRECOND_DIM) && value != created) {
+        dot__fail(opt->ctx, DOT_ERROR_ARGUMENT, "dot_optimizer_set: %s %g, expected the %g of the optimizer's creation",
+                  dot_hyper_name(which), value, created);
         return false;
     }
     dot_optimizer_options changed = opt->options;
@@ -9031,9 +9078,11 @@ static bool dot__factor_step(dot_optimizer *opt)
 }
 
 /* ---- rules that see a parameter whole: as the matrix [shape[0], rest] of its PyTorch shape ----
-   They work in double on copies in PyTorch's order, one parameter and lane at a time. */
+   They work on copies in double and in PyTorch's order, one parameter and lane at a time. */
 
 typedef struct dot__matrix {
+    dot_context *ctx;
+    bool spread;                            /* products go to all threads */
     const dot_optimizer_options *f;
     const dot__numbers *o;
     const dot__parameter *p;
@@ -9042,6 +9091,9 @@ typedef struct dot__matrix {
     double t, lr, keep, after, l2;
     double *theta, *g, *d;                  /* [n]; d: what is to be subtracted */
     double *s[DOT_MAX_STATES];
+    double *memory;                         /* [DOT__MEMORY] */
+    uint64_t seed, stream;                  /* of this parameter's draws in this step */
+    double *rows_of_x;                      /* of a product, transposed or in float */
     double *scratch;                        /* DOT__MATRIX_SCRATCH doubles */
 } dot__matrix;
 
@@ -9059,6 +9111,15 @@ static double dot__product_of(const double *x, const double *y, int64_t n)
     double sum = 0;
     for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
     return sum;
+}
+
+static void dot__swap(double *x, double *y, int64_t n, int64_t stride)
+{
+    for (int64_t i = 0; i < n * stride; i += stride) {
+        double kept = x[i];
+        x[i] = y[i];
+        y[i] = kept;
+    }
 }
 
 static void dot__mean_into(double *mean, const double *x, double beta, int64_t n)
@@ -9305,19 +9366,74 @@ static void dot__adafactor(dot__matrix *a)
     if (dialect == DOT_DIALECT_HF && a->f->decay == DOT_DECAY_LR) a->keep = 1 - rate * o->weight_decay;
 }
 
-/* out[m, n] = a[m, k] b[k, n], or with b transposed: b[n, k]. */
-static void dot__multiply(const double *a, const double *b, double *out, int64_t m, int64_t k, int64_t n, bool transposed)
+/* out[m, n] = x y, where x is [m, k], or [k, m] if it is to be transposed, and y [k, n] or [n, k]: by the tiles of the matrix product,
+   panel by panel of the columns, in double or in float. */
+enum { DOT__PLAIN, DOT__X_TRANSPOSED, DOT__Y_TRANSPOSED };
+typedef struct dot__tiled { const dot__kernels *kernel; const void *rows; const double *y; double *out; int64_t m, k, n; int how; } dot__tiled;
+
+#define DOT__TILED_PANEL(T, S) \
+static void dot__tiled_panel_##S(void *argument, int lane, int64_t piece) \
+{ \
+    const dot__tiled *job = (const dot__tiled *)argument; \
+    int height = job->kernel->rows, width = job->kernel->columns; \
+    int64_t k = job->k, n = job->n, j = piece * width, columns = dot__min(width, n - j); \
+    int64_t across = job->how == DOT__Y_TRANSPOSED ? k : 1, down = job->how == DOT__Y_TRANSPOSED ? 1 : n; \
+    T panel[DOT__DEPTH * DOT__MAX_COLUMNS], sums[DOT__MAX_ROWS][DOT__MAX_COLUMNS]; \
+    const void *from[DOT__MAX_ROWS]; \
+    void *to[DOT__MAX_ROWS]; \
+    dot__tile tile; \
+    memset(&tile, 0, sizeof tile); \
+    (void)lane; \
+    tile.columns = width; \
+    tile.taps = 1; \
+    tile.a = from; \
+    tile.b = panel; \
+    tile.c = to; \
+    for (int r = 0; r < height; ++r) to[r] = sums[r]; \
+    for (int64_t l = 0; l < k; l += DOT__DEPTH) { \
+        tile.depth = dot__min(DOT__DEPTH, k - l); \
+        for (int64_t p = 0; p < tile.depth; ++p) { \
+            const double *y = job->y + (l + p) * down + j * across; \
+            for (int64_t c = 0; c < width; ++c) panel[p * width + c] = c < columns ? (T)y[c * across] : (T)0; \
+        } \
+        for (int64_t i = 0; i < job->m; i += height) { \
+            tile.rows = (int)dot__min(height, job->m - i); \
+            for (int r = 0; r < height; ++r) from[r] = (const T *)job->rows + (i + dot__min(r, tile.rows - 1)) * k + l; \
+            job->kernel->tile(&tile); \
+            for (int r = 0; r < tile.rows; ++r) { \
+                double *out = job->out + (i + r) * n + j; \
+                for (int64_t c = 0; c < columns; ++c) out[c] = l > 0 ? out[c] + (double)sums[r][c] : (double)sums[r][c]; \
+            } \
+        } \
+    } \
+}
+DOT__TILED_PANEL(float, f32)
+DOT__TILED_PANEL(double, f64)
+
+static void dot__multiply_in(dot_dtype dtype, const dot__matrix *a, const double *x, const double *y, double *out, int64_t m, int64_t k,
+                             int64_t n, int how)
 {
-    for (int64_t i = 0; i < m; ++i) {
-        double *row = out + i * n;
-        if (transposed) {
-            for (int64_t j = 0; j < n; ++j) row[j] = dot__product_of(a + i * k, b + j * k, k);
-            continue;
-        }
-        for (int64_t j = 0; j < n; ++j) row[j] = 0;
-        for (int64_t l = 0; l < k; ++l)
-            for (int64_t j = 0; j < n; ++j) row[j] += a[i * k + l] * b[l * n + j];
+    dot__tiled job = { dot__kernel(a->ctx, dtype), x, y, out, m, k, n, how };
+    dot__work panel = dtype == DOT_F32 ? dot__tiled_panel_f32 : dot__tiled_panel_f64;
+    int64_t panels = dot__ceil_div(n, job.kernel->columns), along = how == DOT__X_TRANSPOSED ? 1 : k, step = how == DOT__X_TRANSPOSED ? m : 1;
+    if (dtype == DOT_F32 || how == DOT__X_TRANSPOSED) {
+        job.rows = a->rows_of_x;
+        for (int64_t i = 0; i < m; ++i)
+            for (int64_t p = 0; p < k; ++p) dot__store(a->rows_of_x, dtype, i * k + p, x[i * along + p * step]);
     }
+    if (a->spread) dot__parallel(a->ctx, false, panels, panel, &job);
+    else for (int64_t i = 0; i < panels; ++i) panel(&job, 0, i);
+}
+
+static void dot__multiply(const dot__matrix *a, const double *x, const double *y, double *out, int64_t m, int64_t k, int64_t n, int how)
+{
+    dot__multiply_in(DOT_F64, a, x, y, out, m, k, n, how);
+}
+
+/* In the precision of the parameters, for rules that were made for low precision. */
+static void dot__multiply_low(const dot__matrix *a, const double *x, const double *y, double *out, int64_t m, int64_t k, int64_t n, int how)
+{
+    dot__multiply_in(a->p->tensor->dtype, a, x, y, out, m, k, n, how);
 }
 
 static void dot__transpose(const double *x, double *out, int64_t rows, int64_t columns)
@@ -9327,17 +9443,17 @@ static void dot__transpose(const double *x, double *out, int64_t rows, int64_t c
 }
 
 /* x [rows, columns], rows <= columns, becomes nearly orthogonal: `steps` of the quintic Newton-Schulz iteration of Jordan et al. 2024.
-   scratch: rows^2 * 2 + n. */
-static void dot__orthogonalize(double *x, int64_t rows, int64_t columns, int steps, double eps, double *scratch)
+   scratch: n + 2 rows^2. */
+static void dot__orthogonalize(const dot__matrix *a, double *x, int64_t rows, int64_t columns, double *scratch)
 {
-    double *square = scratch, *poly = square + rows * rows, *next = poly + rows * rows, norm = dot__norm_of(x, rows * columns);
-    for (int64_t i = 0; i < rows * columns; ++i) x[i] /= norm > eps ? norm : eps;
-    while (steps-- > 0) {
-        dot__multiply(x, x, square, rows, columns, rows, true);
-        dot__multiply(square, square, poly, rows, rows, rows, false);
+    double *square = scratch, *poly = square + rows * rows, *next = poly + rows * rows, norm = dot__norm_of(x, a->n);
+    for (int64_t i = 0; i < a->n; ++i) x[i] /= norm > a->o->eps ? norm : a->o->eps;
+    for (int step = 0; step < (int)a->o->ns_steps; ++step) {
+        dot__multiply_low(a, x, x, square, rows, columns, rows, DOT__Y_TRANSPOSED);
+        dot__multiply_low(a, square, square, poly, rows, rows, rows, DOT__PLAIN);
         for (int64_t i = 0; i < rows * rows; ++i) poly[i] = -4.7750 * square[i] + 2.0315 * poly[i];
-        dot__multiply(poly, x, next, rows, rows, columns, false);
-        for (int64_t i = 0; i < rows * columns; ++i) x[i] = 3.4445 * x[i] + next[i];
+        dot__multiply_low(a, poly, x, next, rows, rows, columns, DOT__PLAIN);
+        for (int64_t i = 0; i < a->n; ++i) x[i] = 3.4445 * x[i] + next[i];
     }
 }
 
@@ -9346,9 +9462,9 @@ static void dot__orthogonal_direction(dot__matrix *a)
 {
     bool tall = a->rows > a->columns;
     int64_t rows = tall ? a->columns : a->rows, columns = tall ? a->rows : a->columns;
-    double *x = a->d;
-    if (tall) dot__transpose(a->d, x = a->scratch, a->rows, a->columns);
-    dot__orthogonalize(x, rows, columns, (int)a->o->ns_steps, a->o->eps, a->scratch + a->n);
+    double *x = tall ? a->scratch : a->d;
+    if (tall) dot__transpose(a->d, x, a->rows, a->columns);
+    dot__orthogonalize(a, x, rows, columns, a->scratch + a->n);
     if (tall) dot__transpose(x, a->d, rows, columns);
 }
 
@@ -9357,16 +9473,19 @@ static void dot__muon(dot__matrix *a)
 {
     const dot__numbers *o = a->o;
     double tall = (double)a->rows, wide = (double)a->columns;
+    bool optax = a->f->dialect == DOT_DIALECT_OPTAX, ahead = a->f->nesterov && (a->matrix || optax);
+    double share = optax ? (1 - pow(o->beta1, a->t + 1)) / (1 - pow(o->beta1, a->t)) : 1;     /* of m's bias correction in g's */
     dot__mean_into(a->s[0], a->g, o->beta1, a->n);
+    for (int64_t i = 0; i < a->n; ++i)
+        a->d[i] = ahead ? o->beta1 * a->s[0][i] / share + (1 - o->beta1) * a->g[i] : a->s[0][i];
     if (!a->matrix) {
         dot__mean_square_into(a->s[1], a->g, o->beta2, a->n);
-        dot__adam_direction(a, a->s[0], a->s[1]);
+        dot__adam_direction(a, a->d, a->s[1]);
         return;
     }
-    for (int64_t i = 0; i < a->n; ++i)
-        a->d[i] = a->f->nesterov ? o->beta1 * a->s[0][i] + (1 - o->beta1) * a->g[i] : a->s[0][i];
     dot__orthogonal_direction(a);
-    double scale = a->f->dialect == DOT_DIALECT_MATCH_RMS ? 0.2 * sqrt(tall > wide ? tall : wide) : sqrt(tall > wide ? tall / wide : 1);
+    double scale = a->f->dialect == DOT_DIALECT_MATCH_RMS ? 0.2 * sqrt(tall > wide ? tall : wide)
+                 : sqrt(tall > wide || a->f->dialect == DOT_DIALECT_SPECTRAL ? tall / wide : 1);
     for (int64_t i = 0; i < a->n; ++i) a->d[i] *= a->lr * scale;
 }
 
@@ -9499,11 +9618,11 @@ static void dot__shampoo(dot__matrix *a)
     for (int side = 0; side < 2 && a->matrix; ++side) {
         int64_t n = sides[side];
         if (!a->s[side]) continue;
-        dot__multiply(side ? turned : a->g, side ? turned : a->g, root, n, a->n / n, n, true);
+        dot__multiply(a, side ? turned : a->g, side ? turned : a->g, root, n, a->n / n, n, DOT__Y_TRANSPOSED);
         for (int64_t i = 0; i < n * n; ++i) a->s[side][i] += root[i];
         dot__matrix_power(a->s[side], a->o->eps, power, n, root, root + n * n);
-        if (side) dot__multiply(a->d, root, x, rows, columns, columns, false);
-        else dot__multiply(root, a->d, x, rows, rows, columns, false);
+        if (side) dot__multiply(a, a->d, root, x, rows, columns, columns, DOT__PLAIN);
+        else dot__multiply(a, root, a->d, x, rows, rows, columns, DOT__PLAIN);
         memcpy(a->d, x, (size_t)a->n * sizeof(double));
     }
     for (int64_t i = 0; i < a->n; ++i) {
@@ -9512,13 +9631,245 @@ static void dot__shampoo(dot__matrix *a)
     }
 }
 
-/* The `rank` leading eigenvectors of x' x (or x x'), in the rows of p. */
+/* The rows of x [n, n] become orthonormal, each less its parts along those before it. From the first of which no more than `null` of
+   the largest is left they have no direction of their own: the unit vectors follow, those of which 1e-2 is left. */
+static void dot__orthonormalize(double *x, double null, int64_t n)
+{
+    double largest = 0;
+    int64_t unit = -1;
+    for (int64_t i = 0; i < n;) {
+        double *row = x + i * n, left = 0;
+        for (int64_t j = 0; j < n && unit >= 0; ++j) row[j] = j == unit;
+        for (int pass = 0; pass < 2 && (pass == 0 || unit < 0 || left >= 1e-2); ++pass) {
+            for (int64_t k = 0; k < i; ++k) {
+                double along = dot__product_of(x + k * n, row, n);
+                for (int64_t j = 0; j < n; ++j) row[j] -= along * x[k * n + j];
+            }
+            left = dot__norm_of(row, n);
+        }
+        if (unit < 0 && left > largest) largest = left;
+        bool taken = unit < 0 ? left > null * largest : left >= 1e-2;
+        if (!taken || unit >= 0) ++unit;
+        if (!taken && unit < n) continue;
+        for (int64_t j = 0; j < n; ++j) row[j] /= left > 0 ? left : 1;
+        ++i;
+    }
+}
+
+/* The basis of one side's matrix L, the rows of p: at first the eigenvectors, later Q of QR(L p'), p sorted by falling p L p'; rows or
+   columns of the second moment are sorted with it. scratch: n^2 + n. */
+static void dot__soap_basis(dot__matrix *a, int side, double *scratch)
+{
+    int64_t n = side ? a->columns : a->rows, along = side ? 1 : a->columns, across = side ? a->columns : 1;
+    double *sum = a->s[2 + side], *p = sum + n * n, *next = scratch, *value = next + n * n, *v = a->s[1];
+    if (a->t == 1) {
+        memcpy(next, sum, (size_t)(n * n) * sizeof(double));
+        dot__symmetric_eigen(next, p, value, n);
+    }
+    dot__multiply(a, p, sum, next, n, n, n, DOT__PLAIN);
+    for (int64_t i = 0; i < n; ++i) value[i] = dot__product_of(p + i * n, next + i * n, n);
+    for (int64_t i = 0; i < n; ++i) {
+        int64_t best = i;
+        for (int64_t j = i + 1; j < n; ++j) if (value[j] > value[best]) best = j;
+        if (best == i) continue;
+        dot__swap(&value[i], &value[best], 1, 1);
+        dot__swap(next + i * n, next + best * n, n, 1);
+        dot__swap(v + i * along, v + best * along, a->n / n, across);
+    }
+    dot__orthonormalize(next, 1e-12, n);
+    memcpy(p, next, (size_t)(n * n) * sizeof(double));
+}
+
+/* x = P' x Q, or back: P x Q'; a side without a basis stays. scratch: n. */
+static void dot__soap_turn(const dot__matrix *a, double *x, bool back, double *scratch)
+{
+    for (int side = 0; side < 2; ++side) {
+        int64_t n = side ? a->columns : a->rows;
+        if (!a->s[2 + side]) continue;
+        const double *p = a->s[2 + side] + n * n;
+        if (side) dot__multiply(a, x, p, scratch, a->rows, n, n, back ? DOT__PLAIN : DOT__Y_TRANSPOSED);
+        else dot__multiply(a, p, x, scratch, n, n, a->columns, back ? DOT__X_TRANSPOSED : DOT__PLAIN);
+        memcpy(x, scratch, (size_t)a->n * sizeof(double));
+    }
+}
+
+/* SOAP (Vyas et al. 2024, algorithm 3; its repository's order of things): Adam in the bases P, Q of L = mean of g g', R = mean of g' g.
+   The first step only makes the bases; decay after the update. s: m, v in the bases, L and P, R and Q. */
+static void dot__soap(dot__matrix *a)
+{
+    const dot__numbers *o = a->o;
+    double *x = a->scratch, *room = x + a->n, k = a->t - 1;
+    bool first = k == 0, turn = first || fmod(k, o->period) == 0;
+    a->after = first ? 1 : a->after * a->keep;
+    a->keep = 1;
+    memset(a->d, 0, (size_t)a->n * sizeof(double));
+    if (!first) {
+        double rate = a->lr * sqrt(1 - pow(o->beta2, k)) / (1 - pow(o->beta1, k));
+        memcpy(x, a->g, (size_t)a->n * sizeof(double));
+        dot__soap_turn(a, x, false, room);
+        dot__mean_into(a->s[0], x, o->beta1, a->n);
+        dot__mean_square_into(a->s[1], x, o->beta2, a->n);
+        for (int64_t i = 0; i < a->n; ++i) a->d[i] = rate * a->s[0][i] / (sqrt(a->s[1][i]) + o->eps);
+        dot__soap_turn(a, a->d, true, room);
+        if (turn) dot__soap_turn(a, a->s[0], true, room);
+    }
+    for (int side = 0; side < 2; ++side) {
+        int64_t n = side ? a->columns : a->rows;
+        if (!a->s[2 + side]) continue;
+        dot__multiply(a, a->g, a->g, x, n, a->n / n, n, side ? DOT__X_TRANSPOSED : DOT__Y_TRANSPOSED);
+        dot__mean_into(a->s[2 + side], x, o->beta2, n * n);
+        if (turn) dot__soap_basis(a, side, x);
+    }
+    if (turn && !first) dot__soap_turn(a, a->s[0], false, room);
+}
+
+/* ---- PSGD with Kronecker factors ---- */
+
+/* The largest magnitude of n numbers; NaN where there is one. */
+static double dot__largest(const double *x, int64_t n)
+{
+    double largest = 0;
+    for (int64_t i = 0; i < n; ++i) if (!(fabs(x[i]) <= largest)) largest = fabs(x[i]);
+    return largest;
+}
+
+/* x [n, m] becomes q x, q' x, or (DOT__KRON_SOLVE) the y of q' y = x, and then is transposed; q is upper triangular, a diagonal, or NULL
+   for 1. scratch: n m. */
+enum { DOT__KRON_SOLVE = DOT__Y_TRANSPOSED };
+static void dot__kron_side(const dot__matrix *a, const double *q, int how, double *x, int64_t n, int64_t m, double *scratch)
+{
+    if (q && (!a->matrix || dot__kron_diagonal(a->f, n)))
+        for (int64_t i = 0; i < a->n; ++i) x[i] *= how == DOT__KRON_SOLVE ? 1 / q[i / m] : q[i / m];
+    else if (q && how == DOT__KRON_SOLVE)
+        for (int64_t i = 0; i < n; ++i) {
+            double *row = x + i * m;
+            for (int64_t j = 0; j < m; ++j) row[j] /= q[i * n + i];
+            for (int64_t k = i + 1; k < n; ++k)
+                for (int64_t j = 0; j < m; ++j) x[k * m + j] -= q[i * n + k] * row[j];
+        }
+    else if (q) {
+        dot__multiply_low(a, q, x, scratch, n, n, m, how);
+        memcpy(x, scratch, (size_t)a->n * sizeof(double));
+    }
+    dot__transpose(x, scratch, n, m);
+    memcpy(x, scratch, (size_t)a->n * sizeof(double));
+}
+
+/* x = Ql x Qr', or with Ql' and Qr, or with the inverses of those. */
+static void dot__kron_both(const dot__matrix *a, int how, double *x, double *scratch)
+{
+    dot__kron_side(a, a->s[1], how, x, a->rows, a->columns, scratch);
+    dot__kron_side(a, a->s[2], how, x, a->columns, a->rows, scratch);
+}
+
+/* A lower bound of the spectral norm of the symmetric x: |x v| of v = x u / |x u|, u the longest row of x. */
+static double dot__kron_norm(const double *x, int64_t n, double *v)
+{
+    double scale = dot__largest(x, n * n), longest = -1, square = 0, norm;
+    int64_t u = 0;
+    if (scale == 0) return 0;
+    for (int64_t i = 0; i < n; ++i) {
+        double length = dot__norm_of(x + i * n, n) / scale;
+        if (length > longest) { longest = length; u = i; }
+    }
+    for (int64_t i = 0; i < n; ++i) v[i] = dot__product_of(x + i * n, x + u * n, n) / scale / scale;
+    norm = dot__norm_of(v, n);
+    for (int64_t i = 0; i < n; ++i) {
+        double along = dot__product_of(x + i * n, v, n) / scale / norm;
+        square += along * along;
+    }
+    return scale * sqrt(square);
+}
+
+/* Q -= precond_lr triu(x x' - y y') Q / |x x' + y y'| of one side, with x = A, y = B of dot__psgd_kron, transposed for the right. */
+static void dot__kron_update(const dot__matrix *a, int side, const double *x, const double *y, double *scratch)
+{
+    const double tiny = 1.1754943508222875e-38;
+    int64_t n = side ? a->columns : a->rows, m = a->n / n, along = side ? 1 : m, across = side ? n : 1;
+    double *q = a->s[1 + side], *sum = scratch;
+    if (!q) return;
+    if (!a->matrix || dot__kron_diagonal(a->f, n)) {
+        double *difference = sum + n;
+        for (int64_t i = 0; i < n; ++i) {
+            double xx = 0, yy = 0;
+            for (int64_t j = i * along, end = j + m * across; j < end; j += across) { xx += x[j] * x[j]; yy += y[j] * y[j]; }
+            sum[i] = xx + yy;
+            difference[i] = xx - yy;
+        }
+        double rate = a->o->precond_lr / (dot__largest(sum, n) + tiny);
+        for (int64_t i = 0; i < n; ++i) q[i] -= rate * difference[i] * q[i];
+        return;
+    }
+    double *difference = sum + n * n, *step = difference + n * n;
+    int how = side ? DOT__X_TRANSPOSED : DOT__Y_TRANSPOSED;
+    dot__multiply_low(a, x, x, sum, n, m, n, how);
+    dot__multiply_low(a, y, y, step, n, m, n, how);
+    for (int64_t i = 0; i < n * n; ++i) {
+        difference[i] = i % n >= i / n ? sum[i] - step[i] : 0;
+        sum[i] += step[i];
+    }
+    double rate = a->o->precond_lr / (dot__kron_norm(sum, n, step) + tiny);
+    dot__multiply_low(a, difference, q, step, n, n, n, DOT__PLAIN);
+    for (int64_t i = 0; i < n * n; ++i) q[i] -= rate * step[i];
+}
+
+/* Is the preconditioner updated in this step? The memory counts the steps since the latest update. */
+static bool dot__kron_due(dot__matrix *a)
+{
+    const dot__numbers *o = a->o;
+    double p = exp(-o->prob_decay * (a->t - 1 - o->prob_start));
+    p = p > 1 ? 1 : p < o->min_prob ? o->min_prob : p;
+    if (++a->memory[0] < 1 / p) return false;
+    a->memory[0] = 0;
+    return true;
+}
+
+/* Ql and Qr by reciprocal factors, so that their largest elements are equal. */
+static void dot__kron_balance(dot__matrix *a)
+{
+    int64_t sides[2] = { dot__kron_size(a->f, a->rows), dot__kron_size(a->f, a->columns) };
+    double ratio = sqrt(dot__largest(a->s[2], sides[1]) / dot__largest(a->s[1], sides[0]));
+    for (int64_t i = 0; i < sides[0]; ++i) a->s[1][i] *= ratio;
+    for (int64_t i = 0; i < sides[1]; ++i) a->s[2][i] /= ratio;
+}
+
+/* PSGD with Kronecker factors (Li, "Preconditioned stochastic gradient descent", 2018; "Black box Lie group preconditioners", 2022; as
+   E. Walters' kron): with m the momentum, bias corrected, and v drawn from N(0, 1), A = Ql m Qr' and B = Ql'^-1 v Qr^-1 move Q towards
+   A A' = B B', which whitens m; d = Ql'Ql m Qr'Qr, clipped by RMS. In one of 100 updates at random both Q get the same largest element.
+   s: momentum, Ql, Qr. */
+static void dot__psgd_kron(dot__matrix *a)
+{
+    const dot__numbers *o = a->o;
+    int64_t sides[2] = { a->rows, a->columns };
+    double *x = a->scratch, *y = x + a->n, *room = y + a->n, rms;
+    for (int side = 0; side < 2 && a->t == 1; ++side) {
+        bool diagonal = !a->matrix || dot__kron_diagonal(a->f, sides[side]);
+        double *q = a->s[1 + side], scale = a->matrix ? sqrt(o->initial) : o->initial;
+        for (int64_t i = 0; q && i < sides[side]; ++i) q[diagonal ? i : i * (sides[side] + 1)] = scale;
+    }
+    dot__mean_into(a->s[0], a->g, o->beta1, a->n);
+    for (int64_t i = 0; i < a->n; ++i) a->d[i] = a->s[0][i] / (1 - pow(o->beta1, a->t));
+    if (dot__kron_due(a)) {
+        if (a->matrix && dot_random_uniform(a->seed, a->stream, 2 * (uint64_t)a->n) < 0.01) dot__kron_balance(a);
+        memcpy(x, a->d, (size_t)a->n * sizeof(double));
+        for (int64_t i = 0; i < a->n; ++i) y[i] = dot_random_normal(a->seed, a->stream, (uint64_t)i);
+        dot__kron_both(a, DOT__PLAIN, x, room);
+        dot__kron_both(a, DOT__KRON_SOLVE, y, room);
+        for (int side = 0; side < 2; ++side) dot__kron_update(a, side, x, y, room);
+    }
+    dot__kron_both(a, DOT__PLAIN, a->d, room);
+    dot__kron_both(a, DOT__X_TRANSPOSED, a->d, room);
+    rms = (dot__norm_of(a->d, a->n) / sqrt((double)a->n) + 1e-8) / o->clip_threshold;
+    for (int64_t i = 0; i < a->n; ++i) a->d[i] *= a->lr / (rms > 1 ? rms : 1);
+}
+
+/* The `rank` leading eigenvectors of x' x (or x x'), in the rows of p, each with its largest element positive. */
 static void dot__galore_project(dot__matrix *a, int64_t rank, int64_t small, bool tall, double *p, double *scratch)
 {
     double *gram = scratch, *vectors = gram + small * small, *value = vectors + small * small, *turned = value + small;
     dot__transpose(a->g, turned, a->rows, a->columns);
     const double *x = tall ? turned : a->g;
-    dot__multiply(x, x, gram, small, a->n / small, small, true);
+    dot__multiply(a, x, x, gram, small, a->n / small, small, DOT__Y_TRANSPOSED);
     dot__symmetric_eigen(gram, vectors, value, small);
     for (int64_t k = 0; k < rank; ++k) {
         int64_t best = 0;
@@ -9535,28 +9886,34 @@ static void dot__galore(dot__matrix *a)
     bool tall = a->rows >= a->columns;
     int64_t small = dot__min(a->rows, a->columns), large = dot__max(a->rows, a->columns), rank = dot__galore_rank(o->rank, a->rows, a->columns);
     double *x = a->scratch, rate = a->lr * sqrt(1 - pow(o->beta2, a->t)) / (1 - pow(o->beta1, a->t));
-    a->after = a->keep;
+    a->after *= a->keep;
     a->keep = 1;
     if (a->matrix && fmod(a->t - 1, o->period) == 0) dot__galore_project(a, rank, small, tall, a->s[0], x + a->n);
     if (!a->matrix) memcpy(x, a->g, (size_t)a->n * sizeof(double));
-    else if (tall) dot__multiply(a->g, a->s[0], x, large, small, rank, true);
-    else dot__multiply(a->s[0], a->g, x, rank, small, large, false);
+    else if (tall) dot__multiply(a, a->g, a->s[0], x, large, small, rank, DOT__Y_TRANSPOSED);
+    else dot__multiply(a, a->s[0], a->g, x, rank, small, large, DOT__PLAIN);
     int64_t n = a->matrix ? rank * large : a->n;
     dot__mean_into(a->s[1], x, o->beta1, n);
     dot__mean_square_into(a->s[2], x, o->beta2, n);
     for (int64_t i = 0; i < n; ++i) x[i] = a->s[1][i] / (sqrt(a->s[2][i]) + o->eps);
-    if (a->matrix && tall) dot__multiply(x, a->s[0], a->d, large, rank, small, false);
+    if (a->matrix && tall) dot__multiply(a, x, a->s[0], a->d, large, rank, small, DOT__PLAIN);
     else if (a->matrix) {
         double *turned = x + a->n;
         dot__transpose(a->s[0], turned, rank, small);
-        dot__multiply(turned, x, a->d, small, rank, large, false);
+        dot__multiply(a, turned, x, a->d, small, rank, large, DOT__PLAIN);
     } else memcpy(a->d, x, (size_t)a->n * sizeof(double));
     for (int64_t i = 0; i < a->n; ++i) a->d[i] *= rate * (a->matrix ? o->scale : 1);
 }
 
 /* ---- the step of the rules above ---- */
 
-typedef struct dot__matrix_job { dot_optimizer *opt; double **memory; } dot__matrix_job;
+typedef struct dot__matrix_job { dot_optimizer *opt; double **memory; bool spread; } dot__matrix_job;
+
+/* A large parameter of a rule made of products? */
+static bool dot__matrix_large(const dot_optimizer *opt, const dot__slot *slot)
+{
+    return opt->rule >= DOT__RULE_SHAMPOO && slot->parameter->rank >= 2 && slot->tensor->size >= DOT__PIECE;
+}
 
 /* Of a state: its size in PyTorch's order if it has the parameter's shape, else as it lies. */
 static void dot__matrix_state(const dot__slot *slot, int lane, int i, double *values, bool out)
@@ -9572,14 +9929,29 @@ static void dot__matrix_state(const dot__slot *slot, int lane, int i, double *va
         if (out) dot__store(data, t->dtype, j, values[j]); else values[j] = dot__load(data, t->dtype, j);
 }
 
-static int64_t dot__matrix_room(const dot__slot *slot, dot__rule rule)
+/* The longer side that is preconditioned, and the elements of the largest factor of a product. */
+static int64_t dot__matrix_side(const dot_optimizer *opt, int64_t rows, int64_t columns)
+{
+    int64_t small = dot__min(rows, columns), large = dot__max(rows, columns);
+    bool takes = opt->rule == DOT__RULE_SHAMPOO || opt->rule == DOT__RULE_SOAP || opt->rule == DOT__RULE_PSGD_KRON;
+    double limit = takes ? opt->options.max_precond_dim : 0;
+    return (double)large <= limit ? large : (double)small <= limit ? small : 0;
+}
+
+static int64_t dot__matrix_factor(const dot_optimizer *opt, const dot__slot *slot)
+{
+    int64_t n = slot->tensor->size, rows = slot->parameter->rank >= 2 ? slot->parameter->shape[0] : 1, columns = n / rows;
+    int64_t side = dot__max(dot__min(rows, columns), dot__matrix_side(opt, rows, columns));
+    return opt->rule >= DOT__RULE_SHAMPOO ? dot__max(n, side * side) : 0;
+}
+
+static int64_t dot__matrix_room(const dot_optimizer *opt, const dot__slot *slot)
 {
     const dot__parameter *p = slot->parameter;
     int64_t n = slot->tensor->size, rows = p->rank >= 2 ? p->shape[0] : 1, columns = n / rows, room = 3 * n;
+    int64_t small = dot__min(rows, columns), large = dot__max(rows, columns), side = dot__matrix_side(opt, rows, columns);
     for (int i = 0; i < DOT_MAX_STATES; ++i) room += slot->state[i] ? slot->state[i]->size : 0;
-    int64_t side = dot__max(rows, columns) <= DOT__SHAMPOO_SIDE ? dot__max(rows, columns) : dot__min(rows, columns);
-    room += rule == DOT__RULE_SHAMPOO ? 3 * side * side + side : 0;
-    return room + DOT__MATRIX_SCRATCH(dot__min(rows, columns), dot__max(rows, columns), n);
+    return room + 3 * side * side + side + dot__matrix_factor(opt, slot) + DOT__MATRIX_SCRATCH(small, large, n);
 }
 
 static void dot__matrix_apply(dot__matrix *a, dot__rule rule)
@@ -9592,16 +9964,17 @@ static void dot__matrix_apply(dot__matrix *a, dot__rule rule)
 #undef DOT__MATRIX_CASE
 }
 
-static void dot__matrix_piece(void *argument, int lane, int64_t index)
+static void dot__matrix_run(const dot__matrix_job *job, int lane, int64_t index, bool spread)
 {
-    dot__matrix_job *job = (dot__matrix_job *)argument;
     dot_optimizer *opt = job->opt;
     dot__slot *slot = opt->active_slot[index];
     const dot__parameter *p = slot->parameter;
     dot__scalars h = dot__common_scalars(opt, slot, lane);
     dot__matrix a;
-    double *memory = job->memory[index] + lane * dot__matrix_room(slot, opt->rule);
+    double *memory = job->memory[index] + lane * dot__matrix_room(opt, slot);
     memset(&a, 0, sizeof a);
+    a.ctx = opt->ctx;
+    a.spread = spread;
     a.f = &opt->options;
     a.o = dot__hypers(opt, slot->group, lane);
     a.p = p;
@@ -9610,13 +9983,17 @@ static void dot__matrix_piece(void *argument, int lane, int64_t index)
     a.rows = a.matrix ? p->shape[0] : 1;
     a.columns = a.n / a.rows;
     a.t = (double)slot->t;
+    a.memory = slot->memory + lane * DOT__MEMORY;
+    a.seed = opt->ctx->lane_seeds[lane];
+    a.stream = DOT__STREAM_NOISE | (uint64_t)slot->index << 40 | (uint64_t)slot->t;
     a.lr = h.lr;
     a.keep = h.keep;
     a.after = h.after;
     a.theta = memory;
     a.g = a.theta + a.n;
     a.d = a.g + a.n;
-    a.scratch = a.d + a.n;
+    a.rows_of_x = a.d + a.n;
+    a.scratch = a.rows_of_x + dot__matrix_factor(opt, slot);
     for (int i = 0; i < DOT_MAX_STATES; ++i)
         if (slot->state[i]) {
             dot__matrix_state(slot, lane, i, a.s[i] = a.scratch, false);
@@ -9632,6 +10009,14 @@ static void dot__matrix_piece(void *argument, int lane, int64_t index)
         if (slot->state[i]) dot__matrix_state(slot, lane, i, a.s[i], true);
 }
 
+static void dot__matrix_piece(void *argument, int lane, int64_t index)
+{
+    const dot__matrix_job *job = (const dot__matrix_job *)argument;
+    if (!job->spread || !dot__matrix_large(job->opt, job->opt->active_slot[index])) dot__matrix_run(job, lane, index, false);
+}
+
+/* A thread takes a parameter and lane at a time; where there are fewer large ones than threads, these come one after the other, and all
+   threads take part in their products. */
 static bool dot__matrix_step(dot_optimizer *opt)
 {
     dot_context *ctx = opt->ctx;
@@ -9640,12 +10025,22 @@ static bool dot__matrix_step(dot_optimizer *opt)
     job.opt = opt;
     job.memory = (double **)dot__step_alloc(ctx, (size_t)opt->active * sizeof(double *) + 1);
     for (int i = 0; i < opt->active && job.memory; ++i) {
-        size_t room = (size_t)dot__matrix_room(opt->active_slot[i], opt->rule) * (size_t)ctx->lanes * sizeof(double);
+        size_t room = (size_t)dot__matrix_room(opt, opt->active_slot[i]) * (size_t)ctx->lanes * sizeof(double);
         if (!(job.memory[i] = (double *)dot__step_alloc(ctx, room))) return false;
     }
     if (!job.memory) return false;
-    for (int i = 0; i < opt->active; ++i) opt->active_slot[i]->t++;
+    int large = 0;
+    for (int i = 0; i < opt->active; ++i) {
+        opt->active_slot[i]->t++;
+        large += dot__matrix_large(opt, opt->active_slot[i]) ? ctx->active_count : 0;
+    }
+    job.spread = large < ctx->threads;
     dot__parallel(ctx, true, opt->active, dot__matrix_piece, &job);
+    unsigned long long mode = dot__denormals_flush(ctx->flush_denormals);
+    for (int i = 0; i < opt->active && job.spread; ++i)
+        for (int k = 0; k < ctx->active_count && dot__matrix_large(opt, opt->active_slot[i]); ++k)
+            dot__matrix_run(&job, ctx->active[k], i, true);
+    dot__denormals_restore(mode);
     dot__scratch_end(ctx, mark);
     return true;
 }
@@ -11971,6 +12366,7 @@ double dot_gradient_check(dot_context *ctx, dot_loss_function f, void *user, dot
 #define DOT__MAGIC_SAM       0xd07c1104u
 #define DOT__MAGIC_GUARD     0xd07c1105u
 #define DOT__MAGIC_OUTLIER   0xd07c1106u
+#define DOT__MAGIC_MECHANIC  0xd07c1107u
 
 /* Runs an always-inlined f with a constant type, so that its loops are compiled for it. */
 #define DOT__TYPED(dtype, f, ...) do { if ((dtype) == DOT_F32) f(DOT_F32, __VA_ARGS__); else f(DOT_F64, __VA_ARGS__); } while (0)
@@ -12641,6 +13037,147 @@ bool dot_lookahead_update(dot_lookahead *l)
 }
 
 dot_state *dot_lookahead_state(dot_lookahead *l) { return l ? &l->state : NULL; }
+
+/* ---- Mechanic ---- */
+
+typedef struct dot__mechanic_beta { double r, m, v, s; } dot__mechanic_beta;
+typedef struct dot__mechanic_step { double h, share, old_scale, scale; } dot__mechanic_step;
+
+struct dot_mechanic {
+    dot_state state;                    /* the copies: D; numbers: [lane][betas] r m v s, and of a step: */
+    dot_optimizer *opt;
+    dot_mechanic_options options;
+    dot__mechanic_step *now;            /* [lane] */
+    double *sums;                       /* [lane][DOT__PASS_SUMS] */
+    dot_tensor **before;                /* [parameter] theta */
+};
+
+dot_mechanic_options dot_mechanic_defaults(void)
+{
+    dot_mechanic_options o = { DOT__MAGIC_MECHANIC, 1e-2, 1e-6, 1e-8, 6 };
+    return o;
+}
+
+static dot__mechanic_beta *dot__mechanic_betas(const dot_mechanic *m, int lane)
+{
+    return (dot__mechanic_beta *)(void *)m->state.number + lane * m->options.betas;
+}
+
+dot_mechanic *dot_mechanic_create(dot_optimizer *opt, const dot_mechanic_options *options)
+{
+    static const char *const f = "dot_mechanic_create";
+    dot_mechanic_options o = options ? *options : dot_mechanic_defaults();
+    if (!opt || !dot_ok(opt->ctx)) return NULL;
+    opt->ctx->function = f;
+    if (!dot__magic_ok(opt->ctx, f, o.magic, DOT__MAGIC_MECHANIC) || !dot__option_ok(opt->ctx, f, "betas", o.betas, 1, 12, false)
+        || !dot__option_ok(opt->ctx, f, "weight_decay", o.weight_decay, 0, DOT__HUGE, false)
+        || !dot__option_ok(opt->ctx, f, "s_init", o.s_init, DOT__TINIEST, DOT__HUGE, false)
+        || !dot__option_ok(opt->ctx, f, "eps", o.eps, DOT__TINIEST, DOT__HUGE, false)) return NULL;
+    dot_mechanic *m = (dot_mechanic *)dot__state_new(opt->ctx, sizeof *m);
+    if (!m) return NULL;
+    int64_t lanes = opt->ctx->lanes, of_lane = 4 * o.betas;
+    m->opt = opt;
+    m->options = o;
+    if (!dot__state_open(&m->state, opt->layer, false, "delta", 0, lanes * (of_lane + 4 + DOT__PASS_SUMS))) return NULL;
+    m->now = (dot__mechanic_step *)(void *)(m->state.number + lanes * of_lane);
+    m->sums = m->state.number + lanes * (of_lane + 4);
+    for (int lane = 0; lane < lanes; ++lane) {
+        for (int i = 0; i < o.betas; ++i) dot__mechanic_betas(m, lane)[i].s = o.s_init;
+        m->now[lane].scale = o.s_init * o.betas;
+    }
+    return m;
+}
+
+DOT__INLINE void dot__mechanic_measure(dot_dtype dtype, const void *w, const void *g, const void *delta, int64_t i, int64_t end, double *sum)
+{
+    for (; i < end; ++i) {
+        double x = dot__load(w, dtype, i), slope = g ? dot__load(g, dtype, i) : 0, d = dot__load(delta, dtype, i);
+        sum[0] += slope * d;
+        sum[1] += x * d;
+        sum[2] += slope * slope;
+        sum[3] += x * x;
+    }
+}
+
+DOT__INLINE void dot__mechanic_move(dot_dtype dtype, const dot__mechanic_step *now, const void *before, void *w, void *delta, int64_t i, int64_t end)
+{
+    for (; i < end; ++i) {
+        double x = dot__load(before, dtype, i), d = dot__load(delta, dtype, i), next = now->share * d + (x - dot__load(w, dtype, i));
+        dot__store(w, dtype, i, x + now->old_scale * d - now->scale * next);
+        dot__store(delta, dtype, i, next);
+    }
+}
+
+static void dot__mechanic_range(const dot__pass *pass, const dot__stretch *r)
+{
+    const dot_mechanic *m = (const dot_mechanic *)pass->user;
+    const dot_tensor *w = r->kept->tensor, *before = m->before[r->kept - m->state.kept];
+    void *delta = dot__at(r->kept->copy, r->lane);
+    if (!r->sum) {
+        DOT__TYPED(w->dtype, dot__mechanic_move, &m->now[r->lane], dot__at(before, r->lane), dot__at(w, r->lane), delta, r->first, r->end);
+        return;
+    }
+    dot__range_copy(before, w, r);
+    DOT__TYPED(w->dtype, dot__mechanic_measure, dot__at(w, r->lane), w->has_grad ? dot__at(w->grad, r->lane) : NULL, delta, r->first, r->end,
+               r->sum);
+}
+
+/* h, from the sums over all parameters. */
+static void dot__mechanic_slope(dot_mechanic *m, int lane)
+{
+    const double *sum = m->sums + lane * DOT__PASS_SUMS, factor = m->opt->clip[lane];
+    dot__mechanic_step *now = &m->now[lane];
+    double decay = m->options.weight_decay * now->scale * factor * sqrt(sum[2]) / (sqrt(sum[3]) + m->options.eps);
+    now->share = now->scale / (now->scale + m->options.eps);
+    now->h = now->share * ((m->opt->options.maximize ? -factor : factor) * sum[0] + decay * sum[1]);
+}
+
+/* The scale from h. One that is not finite changes nothing. */
+static void dot__mechanic_tune(dot_mechanic *m, int lane)
+{
+    const dot_mechanic_options *o = &m->options;
+    dot__mechanic_step *now = &m->now[lane];
+    double h = now->h, beta = 0;
+    now->old_scale = now->scale;
+    if (!dot__finite(h)) return;
+    now->scale = 0;
+    for (int i = 0; i < o->betas; ++i) {
+        dot__mechanic_beta *b = dot__mechanic_betas(m, lane) + i;
+        beta = 1 - (1 - beta) * 0.1;
+        b->r = beta * b->r + b->s * (h > b->m ? b->m : h < -b->m ? -b->m : h);
+        b->m = fmax(beta * b->m, fabs(h) + o->eps);
+        b->v = beta * beta * b->v + h * h;
+        b->s = (o->s_init / o->betas * b->m + fmax(b->r, 0)) / (sqrt(b->v) + o->eps);
+        now->scale += b->s;
+    }
+}
+
+bool dot_mechanic_step(dot_mechanic *m, double multiplier)
+{
+    if (!m || !dot_ok(m->state.ctx)) return false;
+    dot_context *ctx = m->state.ctx;
+    dot__mark mark = dot__scratch_begin(ctx);
+    dot__pass pass = dot__pass_of(&m->state, dot__mechanic_range);
+    pass.user = m;
+    if (!(m->before = (dot_tensor **)dot__step_alloc(ctx, (size_t)(m->state.count + 1) * sizeof(dot_tensor *)))) return false;
+    for (int i = 0; i < m->state.count; ++i)
+        if (!(m->before[i] = dot__step_like(m->state.kept[i].tensor, true))) return false;
+    if (!dot__pass_run(&pass, m->sums)) return false;
+    for (int k = 0; k < ctx->active_count; ++k) dot__mechanic_slope(m, ctx->active[k]);
+    if (!dot_optimizer_step(m->opt, multiplier)) return false;
+    for (int k = 0; k < ctx->active_count; ++k) dot__mechanic_tune(m, ctx->active[k]);
+    pass.sums = NULL;
+    dot__pass_run(&pass, NULL);
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+double dot_mechanic_scale(const dot_mechanic *m, int lane)
+{
+    return m && dot__lane_ok(m->state.ctx, "dot_mechanic_scale", lane, false) ? m->now[lane].scale : (double)NAN;
+}
+
+dot_state *dot_mechanic_state(dot_mechanic *m) { return m ? &m->state : NULL; }
 
 /* ---- sharpness-aware minimisation ---- */
 

@@ -60,7 +60,7 @@ typedef struct {
     bool slow;                      /* 20 ms or more for an update of the classifier: the search takes a minute */
 } zoo_entry;
 
-static const char zoo_slow[] = " muon shampoo scion soap ";
+static const char zoo_slow[] = " muon shampoo scion soap psgd-kron ";
 
 /* The solvers of the library that are no rows of DOT_OPTIMIZERS. SVRG and K-FAC are left out: one is a loop around whole epochs,
    and the eigenvectors of the other's first factor (785 rows) take more than a minute. L-BFGS, CMA-ES and the dense natural
@@ -115,7 +115,7 @@ static const zoo_family zoo_families[] = {
     { "Step sizes found on the way", " polyak-sgd prodigy dadapt-adam dog dowg momo momo-adam cocob " },
     { "Curvature, and no gradient", " l-bfgs cma-es spsa natural-gradient k-fac sophia-g sophia-h adahessian " },
     { "Factors and projections", " adafactor adamw-factored came sm3 adam-mini galore " },
-    { "Matrices", " muon shampoo scion soap " },
+    { "Matrices", " muon shampoo scion soap psgd-kron " },
     { "Others", "" },
 };
 enum { ZOO_FAMILIES = sizeof zoo_families / sizeof *zoo_families };

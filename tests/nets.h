@@ -58,7 +58,7 @@ UNUSED static dot_optimizer_options optimizer_defaults(dot_algorithm algorithm)
 }
 
 /* The algorithms of a test that goes through them: the first few, and one of each other way to be computed (all of them take too long).
-   Shampoo and GaLore have a test of their own in test_optimizers.c: their eigenvectors take seconds a step on these nets. */
+   Shampoo, SOAP, PSGD and GaLore have a test of their own in test_optimizers.c: their matrices take seconds a step on these nets. */
 UNUSED static int next_algorithm(int a)
 {
     static const int some[] = { DOT_RPROP, DOT_ADAN, DOT_LAMB, DOT_PRODIGY, DOT_SCHEDULE_FREE_ADAMW, DOT_CUSTOM };

@@ -159,15 +159,16 @@ static bool check_gradients(dot_layer *layer, const double *given, const char *n
    through zero keeps the rounding errors of its past. Denormals have an absolute precision, some roundings of the smallest
    one each step; a momentum of 0.9 keeps each of them for ten steps. */
 /* Wider in float32 for the rules whose step is a quotient of sums over all parameters, which carries their rounding everywhere; and for
-   Shampoo, whose matrices have eigenvalues from 1e-4 to 1e6: gradients off by 2^-53 move its float64 run by 6e-11. */
+   Shampoo, whose matrices have eigenvalues from 1e-4 to 1e6: gradients off by 2^-53 move its float64 run by 6e-11, and SOAP's, whose
+   matrices are singular for some steps, by 4e-8. */
 static double single_bound, double_bound = 1e-12;
 
 static void set_bounds(dot_algorithm algorithm)
 {
     bool quotient = algorithm == DOT_PRODIGY || algorithm == DOT_DADAPT_ADAM || algorithm == DOT_DOWG;
-    bool shampoo = algorithm == DOT_SHAMPOO;
+    bool shampoo = algorithm == DOT_SHAMPOO, soap = algorithm == DOT_SOAP;
     single_bound = shampoo ? 2e-4 : quotient ? 2e-5 : 2e-6;
-    double_bound = shampoo ? 1e-9 : 1e-12;
+    double_bound = soap ? 1e-6 : shampoo ? 1e-9 : 1e-12;
 }
 
 static bool check_theta(dot_layer *layer, dot_dtype dtype, const double *expected, double *scale, const char *name, int t,
@@ -478,27 +479,35 @@ static void test_stochastic_rounding(void **state)
         fail_msg("mean of v is %g, not %g", mean, expected);
 }
 
-/* ---- bits of the rules with eigenvectors ------------------------------------------------------------------------------------- */
+/* ---- bits of the rules made of products ----------------------------------------------------------------------------------- */
 
-/* Weights of lane `lane` after ten steps on a small net; interrupted: saved and loaded after the fifth. */
-static void small_run(dot_algorithm algorithm, int threads, int lanes, int lane, bool interrupted, double weights[30])
+enum { INPUTS = 192, OUTPUTS = 128 };       /* enough for the products to be spread over the threads */
+typedef struct trial { dot_algorithm algorithm; int64_t in, out; int steps; } trial;
+
+/* Weights of lane `lane` after some steps on a layer; interrupted: saved and loaded after the fifth. */
+static void trial_run(const trial *tried, int threads, int lanes, int lane, bool interrupted, double *weights)
 {
     static const uint64_t seeds[2] = { 4, 5 };
-    static const int64_t shape[2] = { 7, 6 };
-    const char *path = scratch_path("small.safetensors");
-    float x[42];
+    const int64_t shape[2] = { 7, tried->in };
+    const char *path = scratch_path("trial.safetensors");
+    float x[7 * INPUTS];
     dot_context_options co = dot_context_defaults();
     co.threads = threads;
     co.lanes = lanes;
     co.lane_seeds = lanes == 1 ? &seeds[lane] : seeds;
-    dot_optimizer_options o = dot_optimizer_defaults(algorithm);
+    dot_optimizer_options o = dot_optimizer_defaults(tried->algorithm);
     o.rank = 2;
     o.period = 3;
+    o.max_precond_dim = OUTPUTS;
     dot_context *ctx = dot_context_create(&co);
-    dot_layer *net = dot_nn_linear(ctx, 6, 5);
+    dot_layer *net = dot_nn_linear(ctx, tried->in, tried->out);
     dot_optimizer *optimizer = dot_optimizer_create(ctx, net, &o);
-    for (int64_t t = 0; t < 10; ++t) {
-        for (int i = 0; i < 42; ++i)
+    assert_int_equal(dot_optimizer_state_bytes(optimizer), dot_optimizer_bytes(net, &o));
+    int64_t allocations = 0;
+    for (int64_t t = 0; t < tried->steps; ++t) {
+        if (t == 2)                             /* the step memory is one piece from the second step on */
+            allocations = dot_memory(ctx).allocations;
+        for (int i = 0; i < 7 * tried->in; ++i)
             x[i] = (float)(2 * uniform(300 + (uint32_t)t, (uint32_t)i) - 1);
         dot_step_begin(ctx);
         dot_backward(dot_mean(dot_square(dot_forward(net, dot_input(ctx, DOT_F32, 2, shape, x))), DOT_ALL_AXES, false));
@@ -507,27 +516,36 @@ static void small_run(dot_algorithm algorithm, int threads, int lanes, int lane,
             require(ctx, dot_checkpoint_save(path, net, optimizer, t), "save");
             dot_context_destroy(ctx);
             ctx = dot_context_create(&co);
-            net = dot_nn_linear(ctx, 6, 5);
+            net = dot_nn_linear(ctx, tried->in, tried->out);
             optimizer = dot_optimizer_create(ctx, net, &o);
             require(ctx, dot_checkpoint_load(path, net, optimizer, NULL), "load");
             remove(path);
         }
     }
-    require(ctx, dot_parameter_get(net, "weight", lanes == 1 ? 0 : lane, weights, 30), "small run");
+    assert_true(interrupted || dot_memory(ctx).allocations == allocations);
+    require(ctx, dot_parameter_get(net, "weight", lanes == 1 ? 0 : lane, weights, tried->in * tried->out), "trial");
     dot_context_destroy(ctx);
 }
 
-static void test_eigenvector_bits(void **state)
+static void test_product_bits(void **state)
 {
     (void)state;
-    static const dot_algorithm algorithms[] = { DOT_SHAMPOO, DOT_GALORE };
-    for (int a = 0; a < 2; ++a)
+    static const dot_algorithm algorithms[] = { DOT_SHAMPOO, DOT_SOAP, DOT_PSGD_KRON, DOT_GALORE, DOT_SCION, DOT_MUON };
+    static double expected[INPUTS * OUTPUTS], other[INPUTS * OUTPUTS];
+    for (int a = 0; a < COUNT(algorithms); ++a)
         for (int lane = 0; lane < 2; ++lane) {
-            double expected[30], other[30];
-            small_run(algorithms[a], 1, 1, lane, false, expected);
-            small_run(algorithms[a], 4, 2, lane, false, other);
+            trial small = { algorithms[a], 6, 5, 10 }, large = { algorithms[a], INPUTS, OUTPUTS, 3 };
+            trial_run(&small, 1, 1, lane, false, expected);
+            trial_run(&small, 4, 2, lane, false, other);
+            assert_memory_equal(expected, other, 30 * sizeof *expected);
+            trial_run(&small, 2, 2, lane, true, other);
+            assert_memory_equal(expected, other, 30 * sizeof *expected);
+            if (algorithms[a] == DOT_SHAMPOO || algorithms[a] == DOT_GALORE)    /* the eigenvectors take long */
+                continue;
+            trial_run(&large, 1, 1, lane, false, expected);
+            trial_run(&large, 3, 1, lane, false, other);
             assert_memory_equal(expected, other, sizeof expected);
-            small_run(algorithms[a], 2, 2, lane, true, other);
+            trial_run(&large, 3, 2, lane, false, other);
             assert_memory_equal(expected, other, sizeof expected);
         }
 }
@@ -583,6 +601,14 @@ static void test_refusals(void **state)
     o = dot_optimizer_defaults(DOT_SCHEDULE_FREE_ADAMW);
     o.beta1 = 0;
     refused(ctx, layer, &o, "beta1");
+    o = dot_optimizer_defaults(DOT_PSGD_KRON);
+    o.initial = 0;
+    refused(ctx, layer, &o, "initial 0");
+    o.initial = 1;
+    dot_optimizer *kron = dot_optimizer_create(ctx, layer, &o);
+    assert_false(dot_optimizer_set(kron, DOT_HYPER_MAX_PRECOND_DIM, 0, 0, 3));
+    assert_non_null(strstr(dot_error(ctx), "max_precond_dim 3"));
+    dot_error_clear(ctx);
     dot_optimizer *polyak = (o = dot_optimizer_defaults(DOT_POLYAK_SGD), dot_optimizer_create(ctx, layer, &o));
     assert_false(dot_optimizer_step(polyak, 1));
     assert_int_equal(dot_error_status(ctx), DOT_ERROR_STATE);
@@ -739,7 +765,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_late_step), cmocka_unit_test(test_custom_rule), cmocka_unit_test(test_state_precision),
         cmocka_unit_test(test_stochastic_rounding), cmocka_unit_test(test_refusals), cmocka_unit_test(test_averaged_point),
         cmocka_unit_test(test_hutchinson),
-        cmocka_unit_test(test_eigenvector_bits)
+        cmocka_unit_test(test_product_bits)
     };
     static struct CMUnitTest tests[DOT_ALGORITHMS + COUNT(others)];
     size_t count = 0;

@@ -329,6 +329,35 @@ static void test_lookahead(void **state)
     }
 }
 
+static void test_mechanic(void **state)
+{
+    static const char *const names[] = { "mechanic", "mechanic_options" };
+    (void)state;
+    for (int d = 0; d < 2; ++d)
+        for (int c = 0; c < 2; ++c) {
+            bench b = open_bench(dtypes[d], 0.9);
+            double scales[4 * STEPS];
+            dot_mechanic_options o = dot_mechanic_defaults();
+            o.s_init = c ? 0.1 : 1e-3;
+            if (c) {
+                o.weight_decay = 0.3;
+                o.betas = 3;
+                o.eps = 1e-4;
+            }
+            set_theta(&b, 0, 0);
+            dot_mechanic *m = dot_mechanic_create(b.opt, &o);
+            assert_int_equal(golden(names[c], -1, "scale", scales), 4 * STEPS);
+            for (int s = 0; s < 4 * STEPS; ++s) {
+                set_grads(&b, s % 3);
+                assert_true(dot_mechanic_step(m, 1));
+                double ours = dot_mechanic_scale(m, 0);
+                check_values(&b, names[c], "scale", &ours, &scales[s], 1, 10);
+            }
+            check(&b, names[c], -1, false, false);
+            dot_context_destroy(b.ctx);
+        }
+}
+
 static void test_sam(void **state)
 {
     static const char *const names[] = { "sam", "asam", "asam_eta" };
@@ -651,6 +680,43 @@ static void test_same_bits(void **state)
     free(lanes);
 }
 
+/* The first weight of `lane` after steps with Mechanic; interrupted: saved and loaded in the middle. */
+static void mechanic_run(int threads, int lanes, const uint64_t *lane_seeds, int lane, bool interrupted, double weight[8 * WIDE])
+{
+    run r = open_run(threads, lanes, lane_seeds);
+    dot_mechanic_options o = dot_mechanic_defaults();
+    o.s_init = 1e-3;
+    dot_mechanic *m = dot_mechanic_create(r.opt, &o);
+    for (int s = 0; s < RUN_STEPS; ++s) {
+        require(r.ctx, dot_backward(run_loss(&r, s, 0)) && dot_clip_grad_norm(r.opt, 0.5) > 0 && dot_mechanic_step(m, 1), "mechanic");
+        if (!interrupted || s != 5)
+            continue;
+        const char *training = scratch_path("t"), *scale = scratch_path("m");
+        require(r.ctx, dot_checkpoint_save(training, r.net, r.opt, s) && dot_state_save(scale, dot_mechanic_state(m)), "save");
+        dot_context_destroy(r.ctx);
+        r = open_run(threads, lanes, lane_seeds);
+        m = dot_mechanic_create(r.opt, &o);
+        require(r.ctx, dot_checkpoint_load(training, r.net, r.opt, NULL) && dot_state_load(scale, dot_mechanic_state(m)), "load");
+        remove(training);
+        remove(scale);
+    }
+    assert_true(dot_parameter_get(r.net, "0.weight", lane, weight, 8 * WIDE));
+    dot_context_destroy(r.ctx);
+}
+
+static void test_mechanic_bits(void **state)
+{
+    static double solo[8 * WIDE], other[8 * WIDE];
+    (void)state;
+    for (int lane = 0; lane < 2; ++lane) {
+        mechanic_run(1, 1, seeds + lane, 0, false, solo);
+        mechanic_run(4, 2, seeds, lane, false, other);
+        assert_memory_equal(solo, other, sizeof solo);
+        mechanic_run(2, 2, seeds, lane, true, other);
+        assert_memory_equal(solo, other, sizeof solo);
+    }
+}
+
 static void move_states(run *r, bool save)
 {
     dot_state *states[] = { dot_grokfast_state(r->grokfast), dot_average_state(r->average), dot_lookahead_state(r->lookahead),
@@ -852,6 +918,12 @@ static void test_errors(void **state)
     REFUSES(average, b.net, kind, (dot_average_kind)2, "kind 2");
     REFUSES(lookahead, b.opt, k, 0, "k 0, expected 1 or more");
     REFUSES(lookahead, b.opt, alpha, (double)NAN, "alpha nan");
+    REFUSES(mechanic, b.opt, weight_decay, -1, "weight_decay -1");
+    REFUSES(mechanic, b.opt, s_init, 0, "s_init 0");
+    REFUSES(mechanic, b.opt, eps, 0, "eps 0");
+    REFUSES(mechanic, b.opt, betas, 0, "betas 0, expected 1 to 12");
+    assert_true(isnan(dot_mechanic_scale(dot_mechanic_create(b.opt, NULL), 1)));
+    assert_error(b.ctx, DOT_ERROR_ARGUMENT, "dot_mechanic_scale: lane 1");
     REFUSES(sam, b.opt, rho, -0.1, "rho -0.1");
     REFUSES(sam, b.opt, eps, 0, "eps 0");
     REFUSES(guard, b.opt, scale, 0, "scale 0");
@@ -893,6 +965,7 @@ static void test_null(void **state)
     assert_false(dot_average_create(NULL, NULL) || dot_average_update(NULL) || dot_average_swap(NULL) || dot_average_count(NULL) || dot_average_state(NULL));
     assert_false(dot_batch_norm_recompute(NULL, NULL, NULL, 1));
     assert_false(dot_lookahead_create(NULL, NULL) || dot_lookahead_update(NULL) || dot_lookahead_state(NULL));
+    assert_false(dot_mechanic_create(NULL, NULL) || dot_mechanic_step(NULL, 1) || dot_mechanic_state(NULL) || !isnan(dot_mechanic_scale(NULL, 0)));
     assert_false(dot_sam_create(NULL, NULL) || dot_sam_ascend(NULL) || dot_sam_descend(NULL));
     assert_false(dot_guard_create(NULL, NULL) || dot_guard_loss(NULL, NULL) || dot_guard_unscale(NULL) || dot_guard_step(NULL, 1));
     assert_false(dot_guard_skips(NULL, 0) || dot_guard_skipped(NULL, 0) || dot_guard_state(NULL) || dot_outlier_observe(NULL, 1));
@@ -905,6 +978,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_gradient_stages), cmocka_unit_test(test_nan_is_not_clipped_away), cmocka_unit_test(test_grokfast),
         cmocka_unit_test(test_averages), cmocka_unit_test(test_batch_norm_statistics), cmocka_unit_test(test_lookahead),
+        cmocka_unit_test(test_mechanic), cmocka_unit_test(test_mechanic_bits),
         cmocka_unit_test(test_sam), cmocka_unit_test(test_units_of_every_layer), cmocka_unit_test(test_scaler), cmocka_unit_test(test_telemetry),
         cmocka_unit_test(test_accumulation_is_the_whole_batch), cmocka_unit_test(test_same_bits), cmocka_unit_test(test_resume),
         cmocka_unit_test(test_no_allocation), cmocka_unit_test(test_guard_gives_up),

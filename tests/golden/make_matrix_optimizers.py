@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Makes matrix_optimizers.safetensors, the golden trajectories of Shampoo, SOAP, GaLore and Scion, beside this script.
+"""Makes matrix_optimizers.safetensors, the golden trajectories of Shampoo, SOAP, PSGD-Kron, GaLore and Scion, beside this script.
 
 usage: python make_matrix_optimizers.py             write the file, with every check that the installed packages allow
        python make_matrix_optimizers.py --quick     write the file without a check
        python make_matrix_optimizers.py NAME ...    only make and check the runs whose names start so; write nothing
 
 Tensors, gradients, rates, stored steps and the names in the file are those of make_optimizers.py. Every tensor of rank 2
-and more is the matrix [shape[0], rest]. The rules are held against galore-torch and pytorch_optimizer where these are
-installed (pip install --no-deps galore-torch pytorch_optimizer), in double precision.
+and more is the matrix [shape[0], rest]. The rules are held against galore-torch, pytorch_optimizer and timm where these are
+installed (pip install --no-deps galore-torch pytorch_optimizer timm), in double precision.
 
 Beside each run stands how far it moves where every gradient is changed by a rounding in double (f64) and in single
 precision (f32): what an implementation that rounds in another order can differ by.
 """
+import functools
 import importlib
 import importlib.util
 import math
@@ -25,6 +26,7 @@ import torch
 from safetensors.numpy import save_file
 
 import make_optimizers as common
+from make_solvers import normal, uniform
 from make_optimizers import (CALM, CHECKS, COMMON, HERE, PLAIN, RULES, RUNS, Double, State, TorchStepper, b12, check, compare,
                              decay_factor, describe, ema, first_parameters, norm, package, rule, run, trajectory)
 
@@ -89,11 +91,11 @@ def power(a, exponent, least):
     return q * np.maximum(w, least) ** exponent @ q.T
 
 
-@rule("shampoo", lr=0.1, beta1=0.0, eps=1e-4)
+@rule("shampoo", lr=0.1, beta1=0.0, eps=1e-4, max_precond_dim=512)
 def shampoo(o, s, g, theta, lr):
     """Gupta, Koren, Singer 2018, algorithm 1, of the matrix: L = eps I + sum g g', R = eps I + sum g' g,
     d = L^(-1/4) g R^(-1/4); of rank 0 and 1: v = eps + sum g^2, d = g / sqrt(v). Then b = beta1 b + d, theta -= lr b; the
-    decay is applied before."""
+    decay is applied before. A side longer than max_precond_dim is left as it is, and the other's power is -1/2."""
     if g.ndim < 2:
         s.first("v", np.full(g.shape, o.eps))
         s.v = s.v + g * g
@@ -104,12 +106,16 @@ def shampoo(o, s, g, theta, lr):
         s.first("right", o.eps * np.eye(x.shape[1]))
         s.left = s.left + x @ x.T
         s.right = s.right + x.T @ x
-        d = (power(s.left, -0.25, o.eps) @ x @ power(s.right, -0.25, o.eps)).reshape(g.shape)
+        taken = [side <= o.max_precond_dim for side in x.shape]
+        exponent = -0.25 if all(taken) else -0.5
+        x = power(s.left, exponent, o.eps) @ x if taken[0] else x
+        x = x @ power(s.right, exponent, o.eps) if taken[1] else x
+        d = x.reshape(g.shape)
     s.b = o.beta1 * s.b + d
     return lr * s.b
 
 
-@rule("soap", scope="own", lr=3e-3, beta1=0.95, beta2=0.95, eps=1e-8, period=10, decay="lr")
+@rule("soap", scope="own", lr=3e-3, beta1=0.95, beta2=0.95, eps=1e-8, period=10, max_precond_dim=512, decay="lr")
 def soap(o, s, g, theta, lr):
     """Vyas et al. 2024; github.com/nikhilvyas/SOAP with the matrix for the tensor, correct_bias, shampoo_beta = beta2, no
     merge_dims, no normalize_grads. Step 1: L = (1 - beta2) g g', R = (1 - beta2) g' g, P and Q their eigenvectors by falling
@@ -117,7 +123,7 @@ def soap(o, s, g, theta, lr):
     theta -= lr sqrt(1 - beta2^k) / (1 - beta1^k) P (m / (sqrt(v) + eps)) Q', then the decay, then L = beta2 L +
     (1 - beta2) g g', R likewise; where k % period = 0 the columns of P are sorted by falling diag(P' L P), and the rows of v
     with them, and P = Q of QR(L P); likewise Q, R and the columns of v; m is turned from the old into the new basis, v is not.
-    Of rank 0 and 1: P = Q = 1, and step 1 changes nothing either. Where L or R is singular the eigenvectors of 0, and
+    Of rank 0 and 1, and for a side longer than max_precond_dim: P = 1 or Q = 1, and step 1 changes nothing either. Where L or R is singular the eigenvectors of 0, and
     what QR makes of them, are those of `completed`: the update depends on them, on no sign and no order."""
     first = s.t == 1
     x = g if g.ndim < 2 else matrix(g)
@@ -135,15 +141,72 @@ def soap(o, s, g, theta, lr):
         return
     s.left = ema(s.left, x @ x.T, o.beta2)
     s.right = ema(s.right, x.T @ x, o.beta2)
+    taken = [side <= o.max_precond_dim for side in x.shape]
     if first:
-        s.p, s.q = eigenvectors(s.left), eigenvectors(s.right)
+        s.p, s.q = (eigenvectors(a) if t else np.eye(len(a)) for a, t in zip((s.left, s.right), taken))
     elif k % o.period == 0:
         m = s.p @ s.m @ s.q.T
-        order = np.argsort(-np.diag(s.p.T @ s.left @ s.p), kind="stable")
-        s.v, s.p = s.v[order], orthogonal(s.left @ s.p[:, order])
-        order = np.argsort(-np.diag(s.q.T @ s.right @ s.q), kind="stable")
-        s.v, s.q = s.v[:, order], orthogonal(s.right @ s.q[:, order])
+        if taken[0]:
+            order = np.argsort(-np.diag(s.p.T @ s.left @ s.p), kind="stable")
+            s.v, s.p = s.v[order], orthogonal(s.left @ s.p[:, order])
+        if taken[1]:
+            order = np.argsort(-np.diag(s.q.T @ s.right @ s.q), kind="stable")
+            s.v, s.q = s.v[:, order], orthogonal(s.right @ s.q[:, order])
         s.m = s.p.T @ m @ s.q
+
+
+@functools.cache
+def draws(p, t, n):
+    """n normal numbers and a uniform one: the library's, of seed 0, for the step t of tensor p."""
+    stream = 5 << 56 | p << 40 | t
+    return np.array([normal(0, stream, i) for i in range(n)]), uniform(0, stream, 2 * n)
+
+
+def norm_bound(a):
+    """A lower bound of the spectral norm of a symmetric matrix, by one step of the power method from its longest row."""
+    scale = np.abs(a).max()
+    if scale == 0:
+        return 0.0
+    a = a / scale
+    x = a @ a[np.argmax(np.square(a).sum(axis=1))]
+    return scale * norm(a @ (x / norm(x)))
+
+
+@rule("psgd-kron", lr=1e-3, beta1=0.9, initial=1.0, precond_lr=0.1, prob_start=500.0, prob_decay=1e-3, min_prob=0.03,
+      max_precond_dim=512, clip_threshold=1.1, decay="lr")
+def psgd_kron(o, s, g, theta, lr):
+    """Li 2018, 2022; github.com/evanatyourservice/kron_torch, of the matrix. m = momentum / (1 - beta1^t). With v from N(0, 1):
+    A = Ql m Qr', B = Ql'^-1 v Qr^-1; Ql -= precond_lr triu(A A' - B B') Ql / |A A' + B B'|, likewise Qr with A' and B'; of
+    diagonals the diagonals, and |.| their largest. theta -= lr clip(Ql' Ql m Qr' Qr); the decay is applied before. Q is updated
+    once 1 / p steps have passed, and before one update in a hundred both Q are given the same largest element."""
+    x = g if g.ndim < 2 else matrix(g)
+    if s.t == 1:
+        scale = o.initial ** (1 / max(x.ndim, 1))
+        s.q = [scale * (np.eye(n) if x.ndim == 2 and 1 < n <= o.max_precond_dim else np.ones(n)) for n in x.shape or (1,)]
+    s.m = ema(s.m, x, o.beta1)
+    m = s.m / (1 - o.beta1 ** s.t)
+    flat = x.ndim < 2
+    m2 = m.reshape(-1, 1) if flat else m
+    full = lambda: [np.diag(q) if q.ndim == 1 else q for q in s.q] + ([np.eye(1)] if flat else [])
+    s.waited = s.waited + 1
+    if s.waited >= 1 / max(o.min_prob, min(1.0, math.exp(-o.prob_decay * (s.t - 1 - o.prob_start)))):
+        s.waited = 0
+        v, chance = draws(common.training.SHAPES.index(g.shape), s.t, g.size)
+        if x.ndim == 2 and chance < 0.01:
+            largest = [np.abs(q).max() for q in s.q]
+            s.q = [q * math.sqrt(largest[0] * largest[1]) / top for q, top in zip(s.q, largest)]
+        left, right = full()
+        a = left @ m2 @ right.T
+        b = np.linalg.solve(right.T, np.linalg.solve(left.T, v.reshape(m2.shape)).T).T
+        for i, (q, p, r) in enumerate(zip(s.q, (a, a.T), (b, b.T))):
+            plus, minus = p @ p.T + r @ r.T, p @ p.T - r @ r.T
+            if q.ndim == 1:
+                s.q[i] = q - o.precond_lr * np.diag(minus) * q / np.diag(plus).max()
+            else:
+                s.q[i] = q - o.precond_lr / norm_bound(plus) * np.triu(minus) @ q
+    left, right = full()
+    d = (left.T @ left @ m2 @ right.T @ right).reshape(g.shape)
+    return lr * d * min(1.0, o.clip_threshold / (common.rms(d) + 1e-8))
 
 
 @rule("galore", scope="own", lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, rank=2, period=50, scale=0.25, decay="lr")
@@ -200,7 +263,15 @@ run("shampoo_momentum", "shampoo", lr=0.05, beta1=0.9, eps=1e-2, decay="lr", ski
 run("shampoo_l2", "shampoo", lr=0.1, decay="l2", skip=False, **PLAIN)
 run("soap", lr=0.01, **PLAIN)
 run("soap_options", "soap", lr=0.01, beta1=0.9, beta2=0.98, eps=1e-3, period=3, skip=False, **PLAIN)
+run("shampoo_one_side", "shampoo", lr=0.1, max_precond_dim=4, decay="lr", skip=False, **PLAIN)     # L of [3, 40], [4, 27]; R of [5, 3]
+run("soap_one_side", "soap", lr=0.01, max_precond_dim=4, skip=False, **PLAIN)
+run("soap_no_side", "soap", lr=0.01, max_precond_dim=2, skip=False, **PLAIN)
 run("soap_full_rank", "soap", lr=0.01, period=15, **PLAIN)    # singular are L and R only in step 1
+run("psgd-kron", lr=0.01, **PLAIN)
+run("psgd-kron_rare", "psgd-kron", lr=0.01, prob_start=20.0, prob_decay=0.03, min_prob=0.3, skip=False, **PLAIN)
+run("psgd-kron_options", "psgd-kron", lr=0.02, beta1=0.5, initial=0.25, precond_lr=0.03, clip_threshold=0.6, skip=False, **PLAIN)
+run("psgd-kron_one_side", "psgd-kron", lr=0.01, max_precond_dim=4, skip=False, **PLAIN)
+run("psgd-kron_diagonal", "psgd-kron", lr=0.01, max_precond_dim=0, beta1=0.0, skip=False, **PLAIN)
 run("galore", lr=0.01, rank=2, period=50, **PLAIN)
 run("galore_one_basis", "galore", lr=0.01, rank=2, period=1000, **PLAIN)            # depends on no sign
 run("galore_no_momentum", "galore", lr=0.01, rank=2, beta1=0.0, period=7, **PLAIN)  # nor does this
@@ -266,6 +337,16 @@ class Checked(TorchStepper):
         return [x if known or not x.size else None for x, known in zip(found, self.known)]
 
 
+def bare(name):
+    """A package from which modules are loaded without what it loads itself; None where it is not installed."""
+    found = importlib.util.find_spec(name)
+    if found is None:
+        return None
+    parent = sys.modules[name] = types.ModuleType(name)
+    parent.__path__ = list(found.submodule_search_locations)
+    return parent
+
+
 class Factors:
     """Shampoo by the singular values of triangular factors of L and R: twice the digits of their small eigenvalues."""
     source, floor = "shampoo by factors", 1e-300
@@ -305,13 +386,13 @@ class Factors:
 
 @check("shampoo")
 def by_factors(o):
-    return Factors(o)
+    return None if o["max_precond_dim"] < 512 else Factors(o)
 
 
 @check("shampoo")
 def kozistr_shampoo(o):
     loaded = package("pytorch_optimizer")
-    if loaded is None or o["beta1"]:        # its momentum is one of the gradient
+    if loaded is None or o["beta1"] or o["max_precond_dim"] < 512:      # its momentum is one of the gradient
         return None
     return Checked("pytorch_optimizer.Shampoo, matrices", lambda params: loaded.Shampoo(
         params, lr=o["lr"], weight_decay=o["weight_decay"], weight_decouple=o["decay"] == "lr", matrix_eps=o["eps"]),
@@ -326,17 +407,48 @@ def kozistr_soap(o):
     importlib.import_module("pytorch_optimizer.optimizer.soap").torch = DoubleTorch()
     return Checked("pytorch_optimizer.SOAP", lambda params: loaded.SOAP(
         params, lr=o["lr"], betas=b12(o), eps=o["eps"], weight_decay=o["weight_decay"], precondition_frequency=o["period"],
-        merge_dims=False, precondition_1d=False, correct_bias=True, normalize_gradient=False), one_by_one=True)
+        max_precondition_dim=o["max_precond_dim"], merge_dims=False, precondition_1d=False, correct_bias=True, normalize_gradient=False), one_by_one=True)
+
+
+@check("psgd-kron")
+def timm_kron(o):
+    """One by one, so that it is known whose draws are asked for."""
+    if o["clip_threshold"] != 1.1 or "timm.optim" not in sys.modules and (bare("timm") is None or bare("timm.optim") is None):
+        return None
+    loaded = importlib.import_module("timm.optim.kron")
+    now = types.SimpleNamespace()
+
+    class Drawn(DoubleTorch):
+        linalg = torch.linalg
+
+        @staticmethod
+        def randn(shape, **options):
+            return torch.from_numpy(draws(now.p, now.t, math.prod(shape))[0].reshape(shape))
+    loaded.torch = Drawn()
+    schedule = functools.partial(loaded.precond_update_prob_schedule, min_prob=o["min_prob"], decay=o["prob_decay"],
+                                 flat_start=o["prob_start"])
+
+    class Kron(loaded.Kron):
+        def __init__(self, params):
+            loaded.has_dynamo = False
+            super().__init__(params, lr=o["lr"], momentum=o["beta1"], weight_decay=o["weight_decay"], decoupled_decay=True,
+                             preconditioner_update_probability=schedule, max_size_triangular=o["max_precond_dim"],
+                             precond_lr=o["precond_lr"], precond_init_scale=o["initial"])
+            self.p, self.t = [math.prod(x) for x in common.training.SHAPES].index(params[0].numel()), 0
+            self.rng = types.SimpleNamespace(random=lambda: draws(now.p, now.t, params[0].numel())[1])
+
+        def step(self):
+            self.t += 1
+            now.p, now.t = self.p, self.t
+            super().step()
+    return Checked("timm.Kron", Kron, one_by_one=True)
 
 
 def galore_adamw():
     """galore_torch.adamw without what else the package loads."""
     if "galore_torch" not in sys.modules:
-        found = importlib.util.find_spec("galore_torch")
-        if found is None:
+        if bare("galore_torch") is None:
             return None
-        parent = sys.modules["galore_torch"] = types.ModuleType("galore_torch")
-        parent.__path__ = list(found.submodule_search_locations)
         for name in ("transformers", "transformers.utils", "transformers.utils.versions"):
             sys.modules[name] = types.ModuleType(name)
         sys.modules["transformers.utils.versions"].require_version = lambda text: None
@@ -425,7 +537,7 @@ def main():
               f"{', '.join(sources)}", flush=True)
     metadata["optimizers"] = " ".join(key[len("optimizer."):] for key in golden)
     metadata.update({"reference.shampoo": "pytorch_optimizer", "reference.soap": "pytorch_optimizer",     # see the checks above
-                     "reference.galore": "galore_torch", "reference.scion": "pytorch_optimizer"})
+                     "reference.psgd-kron": "timm", "reference.galore": "galore_torch", "reference.scion": "pytorch_optimizer"})
     print(f"{len(golden)} runs, failed: {failed or 'none'}")
     if not prefixes:
         path = HERE / "matrix_optimizers.safetensors"

@@ -893,11 +893,13 @@ def came(o, s, g, theta, lr):
 @rule("muon", lr=1e-3, beta1=0.95, beta2=0.999, eps=1e-7, nesterov=1, ns_steps=5, weight_decay=0.1, decay="lr")
 def muon(o, s, g, theta, lr):
     """Jordan et al. 2024; torch.optim.Muon, but in double precision and for the matrix [shape[0], rest]; match_rms: the
-    scale of Liu et al. 2025. What is no matrix goes by AdamW."""
+    scale of Liu et al. 2025 (torch: match_rms_adamw); spectral: torch's spectral_unclamped; optax: both parts of Nesterov's
+    momentum with a bias correction. What is no matrix goes by AdamW, optax: by NAdamW."""
     if g.ndim < 2:
-        return adam(o, s, g, theta, lr)
+        return (nadam if o.dialect == "optax" and o.nesterov else adam)(o, s, g, theta, lr)
     s.m = ema(s.m, g, o.beta1)
-    x = (ema(s.m, g, o.beta1) if o.nesterov else s.m).reshape(len(g), -1)
+    c, ahead = (1 - o.beta1 ** s.t, 1 - o.beta1 ** (s.t + 1)) if o.dialect == "optax" else (1, 1)
+    x = (ema(s.m / ahead, g / c, o.beta1) if o.nesterov else s.m / c).reshape(len(g), -1)
     rows, columns = x.shape
     x = x.T if rows > columns else x
     x = x / max(norm(x), o.eps)
@@ -905,8 +907,8 @@ def muon(o, s, g, theta, lr):
         a = x @ x.T
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     x = x.T if rows > columns else x
-    scale = 0.2 * math.sqrt(max(rows, columns)) if o.dialect == "match_rms" else math.sqrt(max(1.0, rows / columns))
-    return lr * scale * x.reshape(g.shape)
+    scale = {"match_rms": 0.2 * math.sqrt(max(rows, columns)), "spectral": math.sqrt(rows / columns)}
+    return lr * scale.get(o.dialect, math.sqrt(max(1.0, rows / columns))) * x.reshape(g.shape)
 
 
 # ---- the runs ----------------------------------------------------------------------------------------------------------
@@ -1095,6 +1097,8 @@ run("came_clip", "came", lr=0.01, beta3=0.99, clip_threshold=0.5, skip=False, **
 MUON = dict(beta1=0.9, eps=1e-30, **PLAIN)
 run("muon", lr=0.02, **MUON)
 run("muon_match_rms", "muon", dialect="match_rms", lr=0.02, skip=False, **MUON)
+run("muon_spectral", "muon", dialect="spectral", lr=0.02, skip=False, **MUON)
+run("muon_optax", "muon", dialect="optax", lr=0.02, skip=False, **MUON)
 run("muon_no_nesterov", "muon", lr=0.02, nesterov=0, ns_steps=3, skip=False, **MUON)
 
 
@@ -1245,10 +1249,28 @@ class Double:
 
 @check("muon")
 def torch_muon(o):
+    if o["dialect"] == "optax":
+        return None
     torch.optim._muon.torch = Double()
     return TorchStepper("torch.optim.Muon in double precision", lambda params: torch.optim.Muon(
         params, lr=o["lr"], weight_decay=o["weight_decay"], momentum=o["beta1"], nesterov=bool(o["nesterov"]), eps=o["eps"],
-        ns_steps=o["ns_steps"], adjust_lr_fn="match_rms_adamw" if o["dialect"] else "original"), flat=True, matrices=True)
+        ns_steps=o["ns_steps"], adjust_lr_fn={"match_rms": "match_rms_adamw", "spectral": "spectral_unclamped"}.get(o["dialect"])),
+        flat=True, matrices=True)
+
+
+@check("muon")
+def optax_muon(o):
+    """In optax a matrix is [in, out]."""
+    if optax is None or o["dialect"] != "optax":
+        return None
+    inner = optax.contrib.muon(-1.0, ns_steps=o["ns_steps"], beta=o["beta1"], eps=o["eps"], nesterov=bool(o["nesterov"]),
+                               adam_b1=o["beta1"], adam_b2=o["beta2"])
+    turned = lambda values: [x.reshape(len(x), -1).T if x.ndim >= 2 else x for x in values]
+
+    def update(g, state, params=None):
+        updates, state = inner.update(turned(g), state, turned(params))
+        return [u.T.reshape(x.shape) if x.ndim >= 2 else u for u, x in zip(updates, g)], state
+    return optax_rule("contrib.muon", o, optax.GradientTransformation(lambda params: inner.init(turned(params)), update))
 
 
 @check("adafactor")
@@ -1770,7 +1792,7 @@ REFERENCES = {      # what the runs of each algorithm were held against, by the 
     "asgd": "torch.optim",
     "rprop": "torch.optim",
     "sparse-adam": "torch.optim",
-    "muon": "torch.optim",
+    "muon": "torch.optim, optax",
     "adam": "torch.optim, optax",
     "adamw": "torch.optim, optax",
     "amsgrad": "torch.optim, optax",

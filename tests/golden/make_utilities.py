@@ -6,16 +6,20 @@ From PyTorch: clip_grad_value_, AveragedModel (EMA and SWA, buffers copied and a
 From the papers' formulas, written here with NumPy: adaptive clipping (Brock et al. 2021), clipping by RMS, centralisation (Yong et al.
 2020), Grokfast-EMA (Lee et al. 2024), EMA warm-up (timm ModelEmaV3), Lookahead (Zhang et al. 2019), SAM (Foret et al. 2021), ASAM
 (Kwon et al. 2021), gradient accumulation, telemetry.
+From optax (contrib.mechanize): Mechanic.
 """
 import pathlib
 
+import jax
 import numpy as np
+import optax
 import torch
 from safetensors.numpy import save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 HERE = pathlib.Path(__file__).parent
 torch.set_default_dtype(torch.float64)
+jax.config.update("jax_enable_x64", True)
 torch.set_num_threads(1)
 rng = np.random.default_rng(20261122)
 golden = {}
@@ -138,6 +142,24 @@ write("sam", ascend(0.05, np.ones_like))
 write("asam", ascend(0.5, np.abs))
 write("asam_eta", ascend(0.5, lambda t: np.abs(t) + 0.01))
 write("sam_step", {n: theta[n] - 0.1 * grads[1][n] for n in theta})
+
+# ---- Mechanic around SGD with momentum 0.9 and lr 0.1: three gradients in turn; and its scales ----
+
+
+def mechanic(case, **options):
+    wrapped = optax.contrib.mechanize(optax.sgd(0.1, momentum=0.9), **options)
+    w = {n: jax.numpy.asarray(t) for n, t in theta.items()}
+    state, scales = wrapped.init(w), []
+    for s in range(4 * STEPS):
+        updates, state = wrapped.update({n: jax.numpy.asarray(grads[s % 3][n]) for n in w}, state, w)
+        w = optax.apply_updates(w, updates)
+        scales.append(float(state.s.sum()))
+    write(case, w)
+    golden[f"{case}.scale"] = np.array(scales)
+
+
+mechanic("mechanic", s_init=1e-3)
+mechanic("mechanic_options", s_init=0.1, weight_decay=0.3, num_betas=3, eps=1e-4)
 
 # ---- GradScaler: interval 3, these steps have a gradient that is not finite ------------------------------------------------
 bad = [0, 0, 0, 1, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 0]
