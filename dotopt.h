@@ -1431,7 +1431,7 @@ dot_tensor *dot_batch_labels(dot_dataset *dataset, int64_t batch, int64_t step);
 #include <unistd.h>
 #endif
 
-#if defined(__GNUC__) && defined(__x86_64__) && !defined(DOTOPT_NO_SIMD)
+#if (__GNUC__ >= 9 || defined(__clang__)) && defined(__x86_64__) && !defined(DOTOPT_NO_SIMD)
 #define DOT__AVX2                   /* compiled in; used when the processor has it */
 #include <immintrin.h>
 #define DOT__TARGET_AVX2 __attribute__((target("avx2,fma")))
@@ -2520,6 +2520,7 @@ typedef struct dot__softmax {       /* over the middle of [outer][n][inner]; bac
    channel). Layer, group and batch normalisation are three shapes of this. */
 typedef struct dot__norm {
     dot_dtype dtype;
+    const struct dot__kernels *kernel;                          /* the CPU's: filled in by it */
     bool laned, weighted, biased, tracked, fixed;               /* fixed: use the running statistics */
     bool accumulate, add_weight, add_bias;                      /* dx, dweight, dbias: add to what is there */
     int64_t sets, positions, groups, channels;
@@ -2756,7 +2757,7 @@ typedef struct dot__backend {
             memcpy(&x, (const T *)xs + i, sizeof x); \
             x = EXP(x - (T)top); \
             memcpy(y + i, &x, sizeof x); \
-            for (int j = 0; j < WIDTH; ++j) sum[(i + j) % 8] += (double)y[i + j]; \
+            ADD_UP(sum, i % 8, x) \
         } \
         LEAVE_VECTORS \
         if (i < n) { \
@@ -2800,6 +2801,131 @@ typedef struct dot__backend {
         } \
     }
 
+/* Parts of normalisation, in double: over so many rows, `step` elements apart, and n columns side by side. mean and rstd are one for
+   each column (`apart`), or one for all. */
+#define DOT__NORM_FUNCTIONS \
+    /* Adds up x, or (x - mean)^2 if there is a mean: out[column], or all in out[0]. */ \
+    WORD_TARGET static void DOT__N(dot__norm_sums)(const void *xs, int64_t rows, int64_t step, int64_t n, const double *mean, bool apart, double *out) \
+    { \
+        const T *x = (const T *)xs; \
+        int64_t c = 0; \
+        D zero, total, sum, m, d; \
+        V v; \
+        memset(&zero, 0, sizeof zero); \
+        total = zero; \
+        for (; c + WIDTH <= n; c += WIDTH) { \
+            sum = m = zero; \
+            if (mean && apart) memcpy(&m, mean + c, sizeof m); \
+            else if (mean) m = zero + mean[0]; \
+            for (int64_t r = 0; r < rows; ++r) { \
+                memcpy(&v, x + r * step + c, sizeof v); \
+                d = DOUBLES(v) - m; \
+                sum = sum + (mean ? d * d : d); \
+            } \
+            if (apart) { memcpy(&d, out + c, sizeof d); d = d + sum; memcpy(out + c, &d, sizeof d); } \
+            else total = total + sum; \
+        } \
+        if (!apart) { \
+            double each[WIDTH]; \
+            memcpy(each, &total, sizeof total); \
+            for (int j = 0; j < WIDTH; ++j) out[0] += each[j]; \
+        } \
+        LEAVE_VECTORS \
+        if (c < n) REST(dot__norm_sums)(x + c, rows, step, n - c, mean && apart ? mean + c : mean, apart, apart ? out + c : out); \
+    } \
+    /* y = (x - mean) rstd weight + bias */ \
+    WORD_TARGET static void DOT__N(dot__norm_affine)(const void *xs, void *ys, int64_t rows, int64_t step, int64_t n, const double *mean, \
+                                                     const double *rstd, bool apart, const void *weights, const void *biases) \
+    { \
+        const T *x = (const T *)xs, *weight = (const T *)weights, *bias = (const T *)biases; \
+        T *y = (T *)ys; \
+        int64_t c = 0; \
+        D zero, m, scale, shift; \
+        V v; \
+        memset(&zero, 0, sizeof zero); \
+        for (; c + WIDTH <= n; c += WIDTH) { \
+            m = zero + mean[0]; scale = zero + rstd[0]; shift = zero; \
+            if (apart) { memcpy(&m, mean + c, sizeof m); memcpy(&scale, rstd + c, sizeof scale); } \
+            if (weight) { memcpy(&v, weight + c, sizeof v); scale = scale * DOUBLES(v); } \
+            if (bias) { memcpy(&v, bias + c, sizeof v); shift = DOUBLES(v); } \
+            for (int64_t r = 0; r < rows; ++r) { \
+                memcpy(&v, x + r * step + c, sizeof v); \
+                v = SINGLES((DOUBLES(v) - m) * scale + shift); \
+                memcpy(y + r * step + c, &v, sizeof v); \
+            } \
+        } \
+        LEAVE_VECTORS \
+        if (c < n) REST(dot__norm_affine)(x + c, y + c, rows, step, n - c, apart ? mean + c : mean, apart ? rstd + c : rstd, apart, \
+                                          weight ? weight + c : NULL, bias ? bias + c : NULL); \
+    } \
+    /* Adds up e = dy weight, and e (x - mean) rstd: sum[column] and product[column], or all in sum[0] and product[0]. */ \
+    WORD_TARGET static void DOT__N(dot__norm_pairs)(const void *xs, const void *dys, int64_t rows, int64_t step, int64_t n, const double *mean, \
+                                                    const double *rstd, bool apart, const void *weights, bool columns, double *sum, double *product) \
+    { \
+        const T *x = (const T *)xs, *dy = (const T *)dys, *weight = (const T *)weights; \
+        int64_t c = 0; \
+        D zero, m, k, w, a, b, e, all_a, all_b; \
+        V v; \
+        memset(&zero, 0, sizeof zero); \
+        all_a = all_b = zero; \
+        for (; c + WIDTH <= n; c += WIDTH) { \
+            a = b = zero; m = zero + mean[0]; k = zero + rstd[0]; w = zero + 1.0; \
+            if (apart) { memcpy(&m, mean + c, sizeof m); memcpy(&k, rstd + c, sizeof k); } \
+            if (weight) { memcpy(&v, weight + c, sizeof v); w = DOUBLES(v); } \
+            for (int64_t r = 0; r < rows; ++r) { \
+                memcpy(&v, dy + r * step + c, sizeof v); \
+                e = DOUBLES(v) * w; \
+                memcpy(&v, x + r * step + c, sizeof v); \
+                a = a + e; \
+                b = b + e * (DOUBLES(v) - m); \
+            } \
+            b = b * k; \
+            if (!columns) { all_a = all_a + a; all_b = all_b + b; continue; } \
+            memcpy(&e, sum + c, sizeof e); a = a + e; memcpy(sum + c, &a, sizeof a); \
+            memcpy(&e, product + c, sizeof e); b = b + e; memcpy(product + c, &b, sizeof b); \
+        } \
+        if (!columns) { \
+            double each[2][WIDTH]; \
+            memcpy(each[0], &all_a, sizeof all_a); \
+            memcpy(each[1], &all_b, sizeof all_b); \
+            for (int j = 0; j < WIDTH; ++j) { sum[0] += each[0][j]; product[0] += each[1][j]; } \
+        } \
+        LEAVE_VECTORS \
+        if (c < n) REST(dot__norm_pairs)(x + c, dy + c, rows, step, n - c, apart ? mean + c : mean, apart ? rstd + c : rstd, apart, \
+                                         weight ? weight + c : NULL, columns, columns ? sum + c : sum, columns ? product + c : product); \
+    } \
+    /* dx (+)= rstd (dy weight - e - (x - mean) rstd eh); e and eh are given like mean and rstd. */ \
+    WORD_TARGET static void DOT__N(dot__norm_back)(const void *xs, const void *dys, void *dxs, int64_t rows, int64_t step, int64_t n, const double *mean, \
+                                                   const double *rstd, bool apart, const void *weights, const double *es, const double *ehs, bool add) \
+    { \
+        const T *x = (const T *)xs, *dy = (const T *)dys, *weight = (const T *)weights; \
+        T *dx = (T *)dxs; \
+        int64_t c = 0; \
+        D zero, m, k, w, e, h, d; \
+        V v, old; \
+        memset(&zero, 0, sizeof zero); \
+        for (; c + WIDTH <= n; c += WIDTH) { \
+            m = zero + mean[0]; k = zero + rstd[0]; e = zero + es[0]; h = zero + ehs[0]; w = zero + 1.0; \
+            if (apart) { \
+                memcpy(&m, mean + c, sizeof m); memcpy(&k, rstd + c, sizeof k); \
+                memcpy(&e, es + c, sizeof e); memcpy(&h, ehs + c, sizeof h); \
+            } \
+            if (weight) { memcpy(&v, weight + c, sizeof v); w = DOUBLES(v); } \
+            h = h * k; \
+            for (int64_t r = 0; r < rows; ++r) { \
+                memcpy(&v, dy + r * step + c, sizeof v); \
+                d = DOUBLES(v) * w - e; \
+                memcpy(&v, x + r * step + c, sizeof v); \
+                v = SINGLES(k * (d - (DOUBLES(v) - m) * h)); \
+                if (add) { memcpy(&old, dx + r * step + c, sizeof old); v = v + old; } \
+                memcpy(dx + r * step + c, &v, sizeof v); \
+            } \
+        } \
+        LEAVE_VECTORS \
+        if (c < n) REST(dot__norm_back)(x + c, dy + c, dx + c, rows, step, n - c, apart ? mean + c : mean, apart ? rstd + c : rstd, apart, \
+                                        weight ? weight + c : NULL, apart ? es + c : es, apart ? ehs + c : ehs, add); \
+    }
+
 typedef struct dot__map_row {
     void (*forward)(const void *x, void *y, int64_t n, double p, double q);
     void (*backward)(const void *x, const void *y, const void *dy, void *dx, int64_t n, double p, double q, bool add);
@@ -2812,6 +2938,7 @@ typedef struct dot__map_row {
 #define DOT__MAPS \
     DOT__SIGMOID_FUNCTIONS \
     DOT__ROW_FUNCTIONS \
+    DOT__NORM_FUNCTIONS \
     DOT__UNARY(DOT__UNARY_FUNCTIONS) \
     static const dot__map_row DOT__N(dot__maps)[] = { DOT__UNARY(DOT__MAP_ROW) };
 
@@ -2833,6 +2960,10 @@ DOT__INLINE float dot__float(uint32_t i) { float x; memcpy(&x, &i, sizeof x); re
 
 #define WORD_TARGET
 #define WIDTH 1
+#define D double
+#define DOUBLES(v) ((double)(v))
+#define ADD_UP(sum, at, x) sum[at] += (double)(x);
+#define SINGLES(d) ((T)(d))
 #define REST(function) DOT__N(function)         /* there is none */
 #define LEAVE_VECTORS
 #define IF_POSITIVE(x, then, otherwise) ((x) > 0 ? (then) : (otherwise))
@@ -2902,6 +3033,10 @@ DOT__ELEMENTWISE
 
 #undef WORD_TARGET
 #undef WIDTH
+#undef D
+#undef DOUBLES
+#undef ADD_UP
+#undef SINGLES
 #undef REST
 #undef LEAVE_VECTORS
 #undef IF_POSITIVE
@@ -2912,8 +3047,13 @@ DOT__ELEMENTWISE
 /* Without fused multiplication and addition: the same bits as above. */
 typedef float dot__float8 __attribute__((vector_size(32)));
 typedef uint32_t dot__word8 __attribute__((vector_size(32)));
+typedef double dot__double8 __attribute__((vector_size(64)));
 #define WORD_TARGET __attribute__((target("avx2")))
 #define WIDTH 8
+#define D dot__double8
+#define DOUBLES(v) __builtin_convertvector(v, dot__double8)
+#define ADD_UP(sum, at, x) { D d_; memcpy(&d_, sum, sizeof d_); d_ = d_ + DOUBLES(x); memcpy(sum, &d_, sizeof d_); }
+#define SINGLES(d) __builtin_convertvector(d, dot__float8)
 #define REST(function) DOT__PASTE(function, f32)
 #define LEAVE_VECTORS _mm256_zeroupper();       /* compilers forget it before a call that is a jump, and scalar code then crawls */
 #define IF_POSITIVE(x, then, otherwise) \
@@ -2942,6 +3082,10 @@ DOT__REAL_FUNCTIONS
 DOT__MAPS
 #undef WORD_TARGET
 #undef WIDTH
+#undef D
+#undef DOUBLES
+#undef ADD_UP
+#undef SINGLES
 #undef REST
 #undef LEAVE_VECTORS
 #undef IF_POSITIVE
@@ -3024,6 +3168,13 @@ typedef struct dot__kernels {       /* one row for each instruction set and elem
     void (*sum_rows)(const void *x, int64_t rows, int64_t step, double *sum, int64_t n);  /* sum[j] += x[row * step + j] */
     double (*top)(const void *x, int64_t n);                                            /* greatest element */
     double (*exp_row)(const void *x, double top, void *y, int64_t n);                   /* y = exp(x - top); their sum */
+    void (*norm_sums)(const void *x, int64_t rows, int64_t step, int64_t n, const double *mean, bool apart, double *out);
+    void (*norm_affine)(const void *x, void *y, int64_t rows, int64_t step, int64_t n, const double *mean, const double *rstd, bool apart,
+                        const void *weight, const void *bias);
+    void (*norm_pairs)(const void *x, const void *dy, int64_t rows, int64_t step, int64_t n, const double *mean, const double *rstd, bool apart,
+                       const void *weight, bool columns, double *sum, double *product);
+    void (*norm_back)(const void *x, const void *dy, void *dx, int64_t rows, int64_t step, int64_t n, const double *mean, const double *rstd,
+                      bool apart, const void *weight, const double *e, const double *eh, bool add);
     const dot__map_row *maps;
 } dot__kernels;
 
@@ -3268,11 +3419,13 @@ DOT__OUTER_AVX512(dot__outer_avx512_slim, 1, DOT__SLIM_START, DOT__SLIM_OUTER, D
 
 /* name, slim, rows, columns, outer_rows, and the functions */
 #define DOT__PORTABLE_ROW(S) { "portable", NULL, DOT__PORTABLE_ROWS, DOT__PORTABLE_COLUMNS, DOT__PORTABLE_ROWS, dot__tile_##S, dot__outer_##S, \
-                               dot__dot_##S, dot__sum_rows_##S, dot__top_##S, dot__exp_row_##S, dot__maps_##S }
+                               dot__dot_##S, dot__sum_rows_##S, dot__top_##S, dot__exp_row_##S, dot__norm_sums_##S, dot__norm_affine_##S, dot__norm_pairs_##S, \
+                               dot__norm_back_##S, dot__maps_##S }
 static const dot__kernels dot__kernels_portable[2] = { DOT__PORTABLE_ROW(f32), DOT__PORTABLE_ROW(f64) };
 #ifdef DOT__AVX2
 #define DOT__X86_ROW(name, slim, rows, columns, outer_rows, tile, outer) \
-    { name, slim, rows, columns, outer_rows, tile, outer, dot__dot_avx2, dot__sum_rows_avx2, dot__top_avx2, dot__exp_row_avx2, dot__maps_avx2 }
+    { name, slim, rows, columns, outer_rows, tile, outer, dot__dot_avx2, dot__sum_rows_avx2, dot__top_avx2, dot__exp_row_avx2, dot__norm_sums_avx2, \
+      dot__norm_affine_avx2, dot__norm_pairs_avx2, dot__norm_back_avx2, dot__maps_avx2 }
 static const dot__kernels dot__kernels_avx2[2] = {
     DOT__X86_ROW("avx2", NULL, 6, 16, 6, dot__tile_avx2, dot__outer_avx2), DOT__PORTABLE_ROW(f64),
 };
@@ -4262,139 +4415,162 @@ static void dot__cpu_softmax_backward(dot_context *ctx, dot__softmax *job)
 }
 
 /* ---- normalisation: [sets][positions][groups][channels] ----
-   A piece is one set and a few groups side by side, so that batch normalisation (one set, one channel a group) reads whole
-   cache lines and layer normalisation (one group) whole rows. */
+   A piece is some sets and a few groups side by side, so that batch normalisation (one set, one channel a group) reads whole cache
+   lines and layer normalisation (one group) whole rows. Statistics in two passes over the data, in double. */
 
 #define DOT__NORM_GROUPS 16
-
-DOT__INLINE int64_t dot__norm_pieces(const dot__norm *job) { return job->sets * dot__ceil_div(job->groups, DOT__NORM_GROUPS); }
-
-/* Statistics in two passes over the data, in double. */
-#define DOT__NORM_PIECES(T, S) \
-static void dot__norm_piece_##S(void *argument, int lane, int64_t piece) \
-{ \
-    dot__norm *job = (dot__norm *)argument; \
-    int64_t groups, blocks = dot__ceil_div(job->groups, DOT__NORM_GROUPS), set = piece / blocks, channels = job->channels; \
-    int64_t g0 = dot__part(job->groups, piece % blocks, DOT__NORM_GROUPS, &groups), row = job->groups * channels; \
-    int64_t base = set * job->positions * row + g0 * channels; \
-    const T *x = (T *)dot__lane(job->x, lane) + base; \
-    T *y = (T *)dot__lane(job->y, lane) + base; \
-    double *mean = (double *)dot__lane(job->mean, lane) + set * job->groups + g0; \
-    double *rstd = (double *)dot__lane(job->rstd, lane) + set * job->groups + g0; \
-    double sum[DOT__NORM_GROUPS], count = (double)(job->positions * channels); \
-    if (job->fixed) { \
-        for (int64_t g = 0; g < groups; ++g) { \
-            mean[g] = (double)((T *)dot__lane(job->running_mean, lane))[g0 + g]; \
-            rstd[g] = 1 / sqrt((double)((T *)dot__lane(job->running_var, lane))[g0 + g] + job->eps); \
-        } \
-    } else { \
-        for (int64_t g = 0; g < groups; ++g) sum[g] = 0; \
-        for (int64_t p = 0; p < job->positions; ++p) \
-            for (int64_t g = 0; g < groups; ++g) \
-                for (int64_t c = 0; c < channels; ++c) sum[g] += (double)x[p * row + g * channels + c]; \
-        for (int64_t g = 0; g < groups; ++g) { mean[g] = sum[g] / count; sum[g] = 0; } \
-        for (int64_t p = 0; p < job->positions; ++p) \
-            for (int64_t g = 0; g < groups; ++g) \
-                for (int64_t c = 0; c < channels; ++c) { \
-                    double d = (double)x[p * row + g * channels + c] - mean[g]; \
-                    sum[g] += d * d; \
-                } \
-        for (int64_t g = 0; g < groups; ++g) { \
-            rstd[g] = 1 / sqrt(sum[g] / count + job->eps); \
-            if (!job->tracked) continue; \
-            T *m = (T *)dot__lane(job->running_mean, lane) + g0 + g, *v = (T *)dot__lane(job->running_var, lane) + g0 + g; \
-            *m = (T)((1 - job->momentum) * (double)*m + job->momentum * mean[g]); \
-            *v = (T)((1 - job->momentum) * (double)*v + job->momentum * sum[g] / (count - 1)); \
-        } \
-    } \
-    const T *weight = job->weighted ? (T *)dot__lane(job->weight, lane) + g0 * channels : NULL; \
-    const T *bias = job->biased ? (T *)dot__lane(job->bias, lane) + g0 * channels : NULL; \
-    for (int64_t p = 0; p < job->positions; ++p) \
-        for (int64_t g = 0; g < groups; ++g) \
-            for (int64_t c = 0; c < channels; ++c) { \
-                int64_t i = g * channels + c; \
-                double v = ((double)x[p * row + i] - mean[g]) * rstd[g]; \
-                y[p * row + i] = (T)(v * (weight ? (double)weight[i] : 1.0) + (bias ? (double)bias[i] : 0.0)); \
-            } \
-} \
-/* With h = (x - mean) rstd and e = dy weight:  dx = rstd (e - mean(e) - h mean(e h)). */ \
-static void dot__norm_back_piece_##S(void *argument, int lane, int64_t piece) \
-{ \
-    dot__norm *job = (dot__norm *)argument; \
-    int64_t groups, blocks = dot__ceil_div(job->groups, DOT__NORM_GROUPS), set = piece / blocks, channels = job->channels; \
-    int64_t g0 = dot__part(job->groups, piece % blocks, DOT__NORM_GROUPS, &groups), row = job->groups * channels; \
-    int64_t base = set * job->positions * row + g0 * channels; \
-    const T *x = (T *)dot__lane(job->x, lane) + base, *dy = (T *)dot__lane(job->dy, lane) + base; \
-    T *dx = (T *)dot__lane(job->dx, lane) + base; \
-    const T *weight = job->weighted ? (T *)dot__lane(job->weight, lane) + g0 * channels : NULL; \
-    const double *mean = (double *)dot__lane(job->mean, lane) + set * job->groups + g0; \
-    const double *rstd = (double *)dot__lane(job->rstd, lane) + set * job->groups + g0; \
-    double e_sum[DOT__NORM_GROUPS], eh_sum[DOT__NORM_GROUPS], count = (double)(job->positions * channels); \
-    for (int64_t g = 0; g < groups; ++g) e_sum[g] = eh_sum[g] = 0; \
-    for (int64_t p = 0; p < job->positions; ++p) \
-        for (int64_t g = 0; g < groups; ++g) \
-            for (int64_t c = 0; c < channels; ++c) { \
-                int64_t i = g * channels + c; \
-                double e = (double)dy[p * row + i] * (weight ? (double)weight[i] : 1.0); \
-                e_sum[g] += e; \
-                eh_sum[g] += e * ((double)x[p * row + i] - mean[g]) * rstd[g]; \
-            } \
-    for (int64_t p = 0; p < job->positions; ++p) \
-        for (int64_t g = 0; g < groups; ++g) \
-            for (int64_t c = 0; c < channels; ++c) { \
-                int64_t i = g * channels + c; \
-                double e = (double)dy[p * row + i] * (weight ? (double)weight[i] : 1.0); \
-                double h = ((double)x[p * row + i] - mean[g]) * rstd[g]; \
-                T d = (T)(rstd[g] * (job->fixed ? e : e - e_sum[g] / count - h * eh_sum[g] / count)); \
-                dx[p * row + i] = job->accumulate ? dx[p * row + i] + d : d; \
-            } \
-} \
-/* dweight = sum dy h, dbias = sum dy, over some rows (set, position) and for 64 channels; partial is [part][2][row]. */ \
-static void dot__norm_affine_piece_##S(void *argument, int lane, int64_t piece) \
-{ \
-    dot__norm *job = (dot__norm *)argument; \
-    int64_t row = job->groups * job->channels, rows = job->sets * job->positions, n, blocks = dot__ceil_div(row, DOT__WIDTH); \
-    int64_t c0 = dot__part(row, piece % blocks, DOT__WIDTH, &n), part = piece / blocks; \
-    int64_t per = dot__ceil_div(rows, DOT__NORM_PARTS), end = dot__min(rows, (part + 1) * per); \
-    const T *x = (T *)dot__lane(job->x, lane) + c0, *dy = (T *)dot__lane(job->dy, lane) + c0; \
-    const double *mean = (double *)dot__lane(job->mean, lane), *rstd = (double *)dot__lane(job->rstd, lane); \
-    double *to = (double *)dot__lane(job->partial, lane) + part * 2 * row + c0; \
-    for (int64_t c = 0; c < n; ++c) to[c] = to[row + c] = 0; \
-    for (int64_t r = part * per; r < end; ++r) \
-        for (int64_t c = 0; c < n; ++c) { \
-            int64_t s = r / job->positions * job->groups + (c0 + c) / job->channels; \
-            double d = (double)dy[r * row + c]; \
-            to[c] += d * ((double)x[r * row + c] - mean[s]) * rstd[s]; \
-            to[row + c] += d; \
-        } \
-} \
-static void dot__norm_affine_sum_##S(void *argument, int lane, int64_t piece) \
-{ \
-    dot__norm *job = (dot__norm *)argument; \
-    int64_t row = job->groups * job->channels; \
-    const double *from = (double *)dot__lane(job->partial, lane) + piece * row; \
-    T *to = (T *)dot__lane(piece == 0 ? job->dweight : job->dbias, lane); \
-    bool add = piece == 0 ? job->add_weight : job->add_bias; \
-    for (int64_t c = 0; c < row && to; ++c) { \
-        double sum = add ? (double)to[c] : 0; \
-        for (int64_t p = 0; p < DOT__NORM_PARTS; ++p) sum += from[p * 2 * row + c]; \
-        to[c] = (T)sum; \
-    } \
-}
+#define DOT__NORM_ROWS 256          /* positions whose elements are still in L1 when the next columns are done */
 #define DOT__NORM_PARTS 8
-DOT__NORM_PIECES(float, f32)
-DOT__NORM_PIECES(double, f64)
+
+/* The groups of one set in a piece: as one block whose columns have statistics of their own, or as blocks of one group each. */
+typedef struct dot__norm_block {
+    bool apart;
+    int64_t first, groups, n;       /* groups of the block, from `first` in [sets][groups]; columns */
+    int64_t column, offset;         /* first column; first element */
+    double *mean, *rstd;
+} dot__norm_block;
+
+static int64_t dot__norm_sets(const dot__norm *job)     /* in a piece */
+{
+    return dot__max(1, DOT__CHUNK / dot__max(1, job->positions * job->groups * job->channels));
+}
+
+static int64_t dot__norm_pieces(const dot__norm *job)
+{
+    return dot__ceil_div(job->sets, dot__norm_sets(job)) * dot__ceil_div(job->groups, DOT__NORM_GROUPS);
+}
+
+/* Block i of a piece; false after the last. */
+static bool dot__norm_block_at(const dot__norm *job, int lane, int64_t piece, int64_t i, dot__norm_block *b)
+{
+    int64_t blocks = dot__ceil_div(job->groups, DOT__NORM_GROUPS), groups, sets;
+    int64_t g = dot__part(job->groups, piece % blocks, DOT__NORM_GROUPS, &groups);
+    int64_t set = dot__part(job->sets, piece / blocks, dot__norm_sets(job), &sets);
+    b->apart = job->channels == 1;
+    int64_t a_set = b->apart ? 1 : groups;
+    if (i >= sets * a_set) return false;
+    set += i / a_set;
+    g += i % a_set;
+    b->groups = b->apart ? groups : 1;
+    b->n = b->apart ? groups : job->channels;
+    b->column = g * job->channels;
+    b->first = set * job->groups + g;
+    b->offset = set * job->positions * job->groups * job->channels + b->column;
+    b->mean = (double *)dot__lane(job->mean, lane) + b->first;
+    b->rstd = (double *)dot__lane(job->rstd, lane) + b->first;
+    return true;
+}
+
+/* Element i of an array; NULL of none. */
+DOT__INLINE char *dot__element_of(dot_dtype dtype, dot__array a, int lane, int64_t i)
+{
+    return a.data ? (char *)dot__lane(a, lane) + i * (int64_t)dot_dtype_size(dtype) : NULL;
+}
+
+static void dot__norm_statistics(const dot__norm *job, int lane, const dot__norm_block *b)
+{
+    const char *x = dot__element_of(job->dtype, job->x, lane, b->offset);
+    int64_t row = job->groups * job->channels, group = b->first % job->groups;
+    double sum[DOT__NORM_GROUPS], count = (double)(job->positions * job->channels);
+    for (int64_t g = 0; g < b->groups && job->fixed; ++g) {
+        b->mean[g] = dot__load(dot__lane(job->running_mean, lane), job->dtype, group + g);
+        b->rstd[g] = 1 / sqrt(dot__load(dot__lane(job->running_var, lane), job->dtype, group + g) + job->eps);
+    }
+    if (job->fixed) return;
+    for (int64_t g = 0; g < b->groups; ++g) b->mean[g] = sum[g] = 0;
+    for (int pass = 0; pass < 2; ++pass) {
+        for (int64_t p = 0; p < job->positions; p += DOT__NORM_ROWS)
+            job->kernel->norm_sums(x + (size_t)(p * row) * dot_dtype_size(job->dtype), dot__min(DOT__NORM_ROWS, job->positions - p), row, b->n,
+                                   pass ? b->mean : NULL, b->apart, sum);
+        for (int64_t g = 0; g < b->groups && !pass; ++g) { b->mean[g] = sum[g] / count; sum[g] = 0; }
+    }
+    for (int64_t g = 0; g < b->groups; ++g) {
+        b->rstd[g] = 1 / sqrt(sum[g] / count + job->eps);
+        if (!job->tracked) continue;
+        void *m = dot__lane(job->running_mean, lane), *v = dot__lane(job->running_var, lane);
+        dot__store(m, job->dtype, group + g, (1 - job->momentum) * dot__load(m, job->dtype, group + g) + job->momentum * b->mean[g]);
+        dot__store(v, job->dtype, group + g, (1 - job->momentum) * dot__load(v, job->dtype, group + g) + job->momentum * sum[g] / (count - 1));
+    }
+}
+
+static void dot__normalize_piece(void *argument, int lane, int64_t piece)
+{
+    const dot__norm *job = (const dot__norm *)argument;
+    dot__norm_block b;
+    for (int64_t i = 0; dot__norm_block_at(job, lane, piece, i, &b); ++i) {
+        dot__norm_statistics(job, lane, &b);
+        job->kernel->norm_affine(dot__element_of(job->dtype, job->x, lane, b.offset), dot__element_of(job->dtype, job->y, lane, b.offset),
+                                 job->positions, job->groups * job->channels, b.n, b.mean, b.rstd, b.apart,
+                                 job->weighted ? dot__element_of(job->dtype, job->weight, lane, b.column) : NULL,
+                                 job->biased ? dot__element_of(job->dtype, job->bias, lane, b.column) : NULL);
+    }
+}
+
+/* With h = (x - mean) rstd and e = dy weight:  dx = rstd (e - mean(e) - h mean(e h)). */
+static void dot__norm_back_piece(void *argument, int lane, int64_t piece)
+{
+    const dot__norm *job = (const dot__norm *)argument;
+    int64_t row = job->groups * job->channels;
+    double e[DOT__NORM_GROUPS], eh[DOT__NORM_GROUPS], count = (double)(job->positions * job->channels);
+    dot__norm_block b;
+    for (int64_t i = 0; dot__norm_block_at(job, lane, piece, i, &b); ++i) {
+        const char *x = dot__element_of(job->dtype, job->x, lane, b.offset), *dy = dot__element_of(job->dtype, job->dy, lane, b.offset);
+        const char *weight = job->weighted ? dot__element_of(job->dtype, job->weight, lane, b.column) : NULL;
+        for (int64_t g = 0; g < b.groups; ++g) e[g] = eh[g] = 0;
+        for (int64_t p = 0; p < job->positions && !job->fixed; p += DOT__NORM_ROWS) {
+            size_t at = (size_t)(p * row) * dot_dtype_size(job->dtype);
+            job->kernel->norm_pairs(x + at, dy + at, dot__min(DOT__NORM_ROWS, job->positions - p), row, b.n, b.mean, b.rstd, b.apart, weight, b.apart, e, eh);
+        }
+        for (int64_t g = 0; g < b.groups; ++g) { e[g] /= count; eh[g] /= count; }
+        job->kernel->norm_back(x, dy, dot__element_of(job->dtype, job->dx, lane, b.offset), job->positions, row, b.n, b.mean, b.rstd, b.apart,
+                               weight, e, eh, job->accumulate);
+    }
+}
+
+/* dweight = sum dy h, dbias = sum dy, over a part of the rows (set, position); partial is [part][2][row]. */
+static void dot__norm_weight_piece(void *argument, int lane, int64_t part)
+{
+    const dot__norm *job = (const dot__norm *)argument;
+    int64_t row = job->groups * job->channels, rows = job->sets * job->positions, per = dot__ceil_div(rows, DOT__NORM_PARTS);
+    const double *mean = (double *)dot__lane(job->mean, lane), *rstd = (double *)dot__lane(job->rstd, lane);
+    double *product = (double *)dot__lane(job->partial, lane) + part * 2 * row, *sum = product + row;
+    bool apart = job->channels == 1;
+    int64_t groups = apart ? 1 : job->groups, n = apart ? row : job->channels, end = dot__min(rows, (part + 1) * per);
+    for (int64_t c = 0; c < 2 * row; ++c) product[c] = 0;
+    for (int64_t r = part * per, count; r < end; r += count) {
+        count = dot__min(dot__min(end - r, DOT__NORM_ROWS), job->positions - r % job->positions);
+        for (int64_t g = 0; g < groups; ++g) {
+            int64_t at = r * row + g * n, s = r / job->positions * job->groups + g;
+            job->kernel->norm_pairs(dot__element_of(job->dtype, job->x, lane, at), dot__element_of(job->dtype, job->dy, lane, at), count, row, n, mean + s,
+                                    rstd + s, apart, NULL, true, sum + g * n, product + g * n);
+        }
+    }
+}
+
+static void dot__norm_weight_sum(void *argument, int lane, int64_t piece)
+{
+    const dot__norm *job = (const dot__norm *)argument;
+    int64_t row = job->groups * job->channels;
+    const double *from = (double *)dot__lane(job->partial, lane) + piece * row;
+    dot__array to = piece == 0 ? job->dweight : job->dbias;
+    bool add = piece == 0 ? job->add_weight : job->add_bias;
+    for (int64_t c = 0; c < row && to.data; ++c) {
+        double sum = add ? dot__load(dot__lane(to, lane), job->dtype, c) : 0;
+        for (int64_t p = 0; p < DOT__NORM_PARTS; ++p) sum += from[p * 2 * row + c];
+        dot__store(dot__lane(to, lane), job->dtype, c, sum);
+    }
+}
 
 static void dot__cpu_norm(dot_context *ctx, dot__norm *job)
 {
-    dot__parallel(ctx, job->laned, dot__norm_pieces(job), job->dtype == DOT_F32 ? dot__norm_piece_f32 : dot__norm_piece_f64, job);
+    job->kernel = dot__kernel(ctx, job->dtype);
+    dot__parallel(ctx, job->laned, dot__norm_pieces(job), dot__normalize_piece, job);
 }
 
 static bool dot__cpu_norm_backward(dot_context *ctx, dot__norm *job)
 {
-    bool f32 = job->dtype == DOT_F32;
-    if (job->dx.data)
-        dot__parallel(ctx, job->laned, dot__norm_pieces(job), f32 ? dot__norm_back_piece_f32 : dot__norm_back_piece_f64, job);
+    job->kernel = dot__kernel(ctx, job->dtype);
+    if (job->dx.data) dot__parallel(ctx, job->laned, dot__norm_pieces(job), dot__norm_back_piece, job);
     if (!job->dweight.data && !job->dbias.data) return true;
     int64_t row = job->groups * job->channels;
     dot__mark mark = dot__scratch_begin(ctx);
@@ -4402,9 +4578,8 @@ static bool dot__cpu_norm_backward(dot_context *ctx, dot__norm *job)
     job->partial.data = (char *)dot__step_alloc(ctx, bytes * (job->laned ? (size_t)ctx->lanes : 1));
     job->partial.lane = (int64_t)bytes;
     if (!job->partial.data) return false;
-    dot__parallel(ctx, job->laned, DOT__NORM_PARTS * dot__ceil_div(row, DOT__WIDTH),
-                  f32 ? dot__norm_affine_piece_f32 : dot__norm_affine_piece_f64, job);
-    dot__parallel(ctx, job->laned, 2, f32 ? dot__norm_affine_sum_f32 : dot__norm_affine_sum_f64, job);
+    dot__parallel(ctx, job->laned, DOT__NORM_PARTS, dot__norm_weight_piece, job);
+    dot__parallel(ctx, job->laned, 2, dot__norm_weight_sum, job);
     dot__scratch_end(ctx, mark);
     return true;
 }
