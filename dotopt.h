@@ -1431,7 +1431,7 @@ dot_tensor *dot_batch_labels(dot_dataset *dataset, int64_t batch, int64_t step);
 #include <unistd.h>
 #endif
 
-#if (__GNUC__ >= 9 || defined(__clang__)) && defined(__x86_64__) && !defined(DOTOPT_NO_SIMD)
+#if defined(__GNUC__) && defined(__x86_64__) && !defined(DOTOPT_NO_SIMD)
 #define DOT__AVX2                   /* compiled in; used when the processor has it */
 #include <immintrin.h>
 #define DOT__TARGET_AVX2 __attribute__((target("avx2,fma")))
@@ -2810,10 +2810,10 @@ typedef struct dot__backend {
         const T *x = (const T *)xs; \
         int64_t c = 0; \
         D zero, total, sum, m, d; \
-        V v; \
+        H v; \
         memset(&zero, 0, sizeof zero); \
         total = zero; \
-        for (; c + WIDTH <= n; c += WIDTH) { \
+        for (; c + DOUBLES_WIDTH <= n; c += DOUBLES_WIDTH) { \
             sum = m = zero; \
             if (mean && apart) memcpy(&m, mean + c, sizeof m); \
             else if (mean) m = zero + mean[0]; \
@@ -2826,9 +2826,9 @@ typedef struct dot__backend {
             else total = total + sum; \
         } \
         if (!apart) { \
-            double each[WIDTH]; \
+            double each[DOUBLES_WIDTH]; \
             memcpy(each, &total, sizeof total); \
-            for (int j = 0; j < WIDTH; ++j) out[0] += each[j]; \
+            for (int j = 0; j < DOUBLES_WIDTH; ++j) out[0] += each[j]; \
         } \
         LEAVE_VECTORS \
         if (c < n) REST(dot__norm_sums)(x + c, rows, step, n - c, mean && apart ? mean + c : mean, apart, apart ? out + c : out); \
@@ -2841,9 +2841,9 @@ typedef struct dot__backend {
         T *y = (T *)ys; \
         int64_t c = 0; \
         D zero, m, scale, shift; \
-        V v; \
+        H v; \
         memset(&zero, 0, sizeof zero); \
-        for (; c + WIDTH <= n; c += WIDTH) { \
+        for (; c + DOUBLES_WIDTH <= n; c += DOUBLES_WIDTH) { \
             m = zero + mean[0]; scale = zero + rstd[0]; shift = zero; \
             if (apart) { memcpy(&m, mean + c, sizeof m); memcpy(&scale, rstd + c, sizeof scale); } \
             if (weight) { memcpy(&v, weight + c, sizeof v); scale = scale * DOUBLES(v); } \
@@ -2865,10 +2865,10 @@ typedef struct dot__backend {
         const T *x = (const T *)xs, *dy = (const T *)dys, *weight = (const T *)weights; \
         int64_t c = 0; \
         D zero, m, k, w, a, b, e, all_a, all_b; \
-        V v; \
+        H v; \
         memset(&zero, 0, sizeof zero); \
         all_a = all_b = zero; \
-        for (; c + WIDTH <= n; c += WIDTH) { \
+        for (; c + DOUBLES_WIDTH <= n; c += DOUBLES_WIDTH) { \
             a = b = zero; m = zero + mean[0]; k = zero + rstd[0]; w = zero + 1.0; \
             if (apart) { memcpy(&m, mean + c, sizeof m); memcpy(&k, rstd + c, sizeof k); } \
             if (weight) { memcpy(&v, weight + c, sizeof v); w = DOUBLES(v); } \
@@ -2885,10 +2885,10 @@ typedef struct dot__backend {
             memcpy(&e, product + c, sizeof e); b = b + e; memcpy(product + c, &b, sizeof b); \
         } \
         if (!columns) { \
-            double each[2][WIDTH]; \
+            double each[2][DOUBLES_WIDTH]; \
             memcpy(each[0], &all_a, sizeof all_a); \
             memcpy(each[1], &all_b, sizeof all_b); \
-            for (int j = 0; j < WIDTH; ++j) { sum[0] += each[0][j]; product[0] += each[1][j]; } \
+            for (int j = 0; j < DOUBLES_WIDTH; ++j) { sum[0] += each[0][j]; product[0] += each[1][j]; } \
         } \
         LEAVE_VECTORS \
         if (c < n) REST(dot__norm_pairs)(x + c, dy + c, rows, step, n - c, apart ? mean + c : mean, apart ? rstd + c : rstd, apart, \
@@ -2902,9 +2902,9 @@ typedef struct dot__backend {
         T *dx = (T *)dxs; \
         int64_t c = 0; \
         D zero, m, k, w, e, h, d; \
-        V v, old; \
+        H v, old; \
         memset(&zero, 0, sizeof zero); \
-        for (; c + WIDTH <= n; c += WIDTH) { \
+        for (; c + DOUBLES_WIDTH <= n; c += DOUBLES_WIDTH) { \
             m = zero + mean[0]; k = zero + rstd[0]; e = zero + es[0]; h = zero + ehs[0]; w = zero + 1.0; \
             if (apart) { \
                 memcpy(&m, mean + c, sizeof m); memcpy(&k, rstd + c, sizeof k); \
@@ -2961,6 +2961,8 @@ DOT__INLINE float dot__float(uint32_t i) { float x; memcpy(&x, &i, sizeof x); re
 #define WORD_TARGET
 #define WIDTH 1
 #define D double
+#define H T
+#define DOUBLES_WIDTH 1
 #define DOUBLES(v) ((double)(v))
 #define ADD_UP(sum, at, x) sum[at] += (double)(x);
 #define SINGLES(d) ((T)(d))
@@ -3034,6 +3036,8 @@ DOT__ELEMENTWISE
 #undef WORD_TARGET
 #undef WIDTH
 #undef D
+#undef H
+#undef DOUBLES_WIDTH
 #undef DOUBLES
 #undef ADD_UP
 #undef SINGLES
@@ -3047,13 +3051,18 @@ DOT__ELEMENTWISE
 /* Without fused multiplication and addition: the same bits as above. */
 typedef float dot__float8 __attribute__((vector_size(32)));
 typedef uint32_t dot__word8 __attribute__((vector_size(32)));
-typedef double dot__double8 __attribute__((vector_size(64)));
+typedef float dot__float4 __attribute__((vector_size(16)));
+typedef double dot__double4 __attribute__((vector_size(32)));
 #define WORD_TARGET __attribute__((target("avx2")))
 #define WIDTH 8
-#define D dot__double8
-#define DOUBLES(v) __builtin_convertvector(v, dot__double8)
-#define ADD_UP(sum, at, x) { D d_; memcpy(&d_, sum, sizeof d_); d_ = d_ + DOUBLES(x); memcpy(sum, &d_, sizeof d_); }
-#define SINGLES(d) __builtin_convertvector(d, dot__float8)
+#define D dot__double4
+#define H dot__float4
+#define DOUBLES_WIDTH 4
+#define DOUBLES(v) ((D)_mm256_cvtps_pd((__m128)(v)))
+#define SINGLES(d) ((H)_mm256_cvtpd_ps((__m256d)(d)))
+#define ADD_UP(sum, at, x) \
+    _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)(x))))); \
+    _mm256_storeu_pd(sum + 4, _mm256_add_pd(_mm256_loadu_pd(sum + 4), _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)(x), 1))));
 #define REST(function) DOT__PASTE(function, f32)
 #define LEAVE_VECTORS _mm256_zeroupper();       /* compilers forget it before a call that is a jump, and scalar code then crawls */
 #define IF_POSITIVE(x, then, otherwise) \
@@ -3083,6 +3092,8 @@ DOT__MAPS
 #undef WORD_TARGET
 #undef WIDTH
 #undef D
+#undef H
+#undef DOUBLES_WIDTH
 #undef DOUBLES
 #undef ADD_UP
 #undef SINGLES
@@ -4387,7 +4398,8 @@ static void dot__softmax_back_piece_##S(void *argument, int lane, int64_t piece)
         const T *y = (T *)dot__lane(job->y, lane) + at, *dy = (T *)dot__lane(job->dy, lane) + at; \
         T *dx = (T *)dot__lane(job->dx, lane) + at; \
         double sum = 0; \
-        for (int64_t i = 0; i < job->n * step; i += step) \
+        if (step == 1 && !job->logarithm) sum = job->kernel->dot(dy, y, job->n); \
+        else for (int64_t i = 0; i < job->n * step; i += step) \
             sum += job->logarithm ? (double)dy[i] : (double)dy[i] * (double)y[i]; \
         for (int64_t i = 0; i < job->n * step; i += step) { \
             T d, e; \
@@ -4419,7 +4431,7 @@ static void dot__cpu_softmax_backward(dot_context *ctx, dot__softmax *job)
    lines and layer normalisation (one group) whole rows. Statistics in two passes over the data, in double. */
 
 #define DOT__NORM_GROUPS 16
-#define DOT__NORM_ROWS 256          /* positions whose elements are still in L1 when the next columns are done */
+#define DOT__NORM_ROWS 64           /* positions whose elements are still in L1 when the next columns are done */
 #define DOT__NORM_PARTS 8
 
 /* The groups of one set in a piece: as one block whose columns have statistics of their own, or as blocks of one group each. */
@@ -4469,7 +4481,6 @@ DOT__INLINE char *dot__element_of(dot_dtype dtype, dot__array a, int lane, int64
 
 static void dot__norm_statistics(const dot__norm *job, int lane, const dot__norm_block *b)
 {
-    const char *x = dot__element_of(job->dtype, job->x, lane, b->offset);
     int64_t row = job->groups * job->channels, group = b->first % job->groups;
     double sum[DOT__NORM_GROUPS], count = (double)(job->positions * job->channels);
     for (int64_t g = 0; g < b->groups && job->fixed; ++g) {
@@ -4480,7 +4491,7 @@ static void dot__norm_statistics(const dot__norm *job, int lane, const dot__norm
     for (int64_t g = 0; g < b->groups; ++g) b->mean[g] = sum[g] = 0;
     for (int pass = 0; pass < 2; ++pass) {
         for (int64_t p = 0; p < job->positions; p += DOT__NORM_ROWS)
-            job->kernel->norm_sums(x + (size_t)(p * row) * dot_dtype_size(job->dtype), dot__min(DOT__NORM_ROWS, job->positions - p), row, b->n,
+            job->kernel->norm_sums(dot__element_of(job->dtype, job->x, lane, b->offset + p * row), dot__min(DOT__NORM_ROWS, job->positions - p), row, b->n,
                                    pass ? b->mean : NULL, b->apart, sum);
         for (int64_t g = 0; g < b->groups && !pass; ++g) { b->mean[g] = sum[g] / count; sum[g] = 0; }
     }
@@ -4496,34 +4507,38 @@ static void dot__norm_statistics(const dot__norm *job, int lane, const dot__norm
 static void dot__normalize_piece(void *argument, int lane, int64_t piece)
 {
     const dot__norm *job = (const dot__norm *)argument;
+    int64_t row = job->groups * job->channels;
     dot__norm_block b;
     for (int64_t i = 0; dot__norm_block_at(job, lane, piece, i, &b); ++i) {
+        const char *weight = job->weighted ? dot__element_of(job->dtype, job->weight, lane, b.column) : NULL;
+        const char *bias = job->biased ? dot__element_of(job->dtype, job->bias, lane, b.column) : NULL;
         dot__norm_statistics(job, lane, &b);
-        job->kernel->norm_affine(dot__element_of(job->dtype, job->x, lane, b.offset), dot__element_of(job->dtype, job->y, lane, b.offset),
-                                 job->positions, job->groups * job->channels, b.n, b.mean, b.rstd, b.apart,
-                                 job->weighted ? dot__element_of(job->dtype, job->weight, lane, b.column) : NULL,
-                                 job->biased ? dot__element_of(job->dtype, job->bias, lane, b.column) : NULL);
+        for (int64_t p = 0; p < job->positions; p += DOT__NORM_ROWS)
+            job->kernel->norm_affine(dot__element_of(job->dtype, job->x, lane, b.offset + p * row), dot__element_of(job->dtype, job->y, lane, b.offset + p * row),
+                                     dot__min(DOT__NORM_ROWS, job->positions - p), row, b.n, b.mean, b.rstd, b.apart, weight, bias);
     }
 }
 
 /* With h = (x - mean) rstd and e = dy weight:  dx = rstd (e - mean(e) - h mean(e h)). */
-static void dot__norm_back_piece(void *argument, int lane, int64_t piece)
+static void dot__normalize_back_piece(void *argument, int lane, int64_t piece)
 {
     const dot__norm *job = (const dot__norm *)argument;
     int64_t row = job->groups * job->channels;
     double e[DOT__NORM_GROUPS], eh[DOT__NORM_GROUPS], count = (double)(job->positions * job->channels);
     dot__norm_block b;
     for (int64_t i = 0; dot__norm_block_at(job, lane, piece, i, &b); ++i) {
-        const char *x = dot__element_of(job->dtype, job->x, lane, b.offset), *dy = dot__element_of(job->dtype, job->dy, lane, b.offset);
         const char *weight = job->weighted ? dot__element_of(job->dtype, job->weight, lane, b.column) : NULL;
         for (int64_t g = 0; g < b.groups; ++g) e[g] = eh[g] = 0;
-        for (int64_t p = 0; p < job->positions && !job->fixed; p += DOT__NORM_ROWS) {
-            size_t at = (size_t)(p * row) * dot_dtype_size(job->dtype);
-            job->kernel->norm_pairs(x + at, dy + at, dot__min(DOT__NORM_ROWS, job->positions - p), row, b.n, b.mean, b.rstd, b.apart, weight, b.apart, e, eh);
+        for (int pass = job->fixed ? 1 : 0; pass < 2; ++pass) {
+            for (int64_t p = 0; p < job->positions; p += DOT__NORM_ROWS) {
+                const char *x = dot__element_of(job->dtype, job->x, lane, b.offset + p * row), *dy = dot__element_of(job->dtype, job->dy, lane, b.offset + p * row);
+                int64_t rows = dot__min(DOT__NORM_ROWS, job->positions - p);
+                if (!pass) job->kernel->norm_pairs(x, dy, rows, row, b.n, b.mean, b.rstd, b.apart, weight, b.apart, e, eh);
+                else job->kernel->norm_back(x, dy, dot__element_of(job->dtype, job->dx, lane, b.offset + p * row), rows, row, b.n, b.mean, b.rstd, b.apart,
+                                            weight, e, eh, job->accumulate);
+            }
+            for (int64_t g = 0; g < b.groups && !pass; ++g) { e[g] /= count; eh[g] /= count; }
         }
-        for (int64_t g = 0; g < b.groups; ++g) { e[g] /= count; eh[g] /= count; }
-        job->kernel->norm_back(x, dy, dot__element_of(job->dtype, job->dx, lane, b.offset), job->positions, row, b.n, b.mean, b.rstd, b.apart,
-                               weight, e, eh, job->accumulate);
     }
 }
 
@@ -4570,7 +4585,7 @@ static void dot__cpu_norm(dot_context *ctx, dot__norm *job)
 static bool dot__cpu_norm_backward(dot_context *ctx, dot__norm *job)
 {
     job->kernel = dot__kernel(ctx, job->dtype);
-    if (job->dx.data) dot__parallel(ctx, job->laned, dot__norm_pieces(job), dot__norm_back_piece, job);
+    if (job->dx.data) dot__parallel(ctx, job->laned, dot__norm_pieces(job), dot__normalize_back_piece, job);
     if (!job->dweight.data && !job->dbias.data) return true;
     int64_t row = job->groups * job->channels;
     dot__mark mark = dot__scratch_begin(ctx);
