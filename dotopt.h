@@ -1792,16 +1792,9 @@ DOT__INLINE void dot__pause(void)
 #endif
 }
 
-/* Steps of a training loop follow each other within microseconds: look a while before sleeping, but not long enough to
+/* The jobs of a training loop follow each other within microseconds: look so many times before sleeping, but not long enough to
    hurt when there are more threads than cores. */
-static bool dot__spin_until_changed(const int *word, int value)
-{
-    for (int i = 0; i < 400; ++i) {
-        if (__atomic_load_n(word, __ATOMIC_ACQUIRE) != value) return true;
-        dot__pause();
-    }
-    return false;
-}
+#define DOT__SPINS 400
 
 static void *dot__worker(void *argument)
 {
@@ -1813,18 +1806,19 @@ static void *dot__worker(void *argument)
     for (;;) {
         if (pool->generation == seen && !pool->stop) {
             pthread_mutex_unlock(&pool->mutex);
-            dot__spin_until_changed(&pool->generation, seen);
+            for (int i = 0; i < DOT__SPINS && __atomic_load_n(&pool->generation, __ATOMIC_ACQUIRE) == seen; ++i) dot__pause();
             pthread_mutex_lock(&pool->mutex);
             while (pool->generation == seen && !pool->stop) pthread_cond_wait(&pool->wake, &pool->mutex);
         }
         if (pool->stop) break;
         seen = pool->generation;
         if (!pool->open) continue;
-        pool->joined++;
+        __atomic_store_n(&pool->joined, pool->joined + 1, __ATOMIC_RELAXED);
         pthread_mutex_unlock(&pool->mutex);
         dot__run_pieces(ctx);
         pthread_mutex_lock(&pool->mutex);
-        if (--pool->joined == 0) pthread_cond_signal(&pool->done);
+        __atomic_store_n(&pool->joined, pool->joined - 1, __ATOMIC_RELEASE);
+        if (pool->joined == 0) pthread_cond_signal(&pool->done);
     }
     pthread_mutex_unlock(&pool->mutex);
     return NULL;
@@ -1841,6 +1835,9 @@ static void dot__run_parallel(dot_context *ctx)
     dot__run_pieces(ctx);
     pthread_mutex_lock(&pool->mutex);
     pool->open = false;                     /* a worker that wakes up only now goes back to sleep */
+    pthread_mutex_unlock(&pool->mutex);
+    for (int i = 0; i < DOT__SPINS && __atomic_load_n(&pool->joined, __ATOMIC_ACQUIRE) > 0; ++i) dot__pause();
+    pthread_mutex_lock(&pool->mutex);
     while (pool->joined > 0) pthread_cond_wait(&pool->done, &pool->mutex);
     pthread_mutex_unlock(&pool->mutex);
 }
@@ -3873,27 +3870,31 @@ DOT__INLINE bool dot__is_matrix(const dot__rows *r)
 /* Copies the patches of rows where a tap is too short to be worth a pointer: to[row][tap][k]. Whole lines of a patch are copied
    four elements at a time; what is too much is overwritten by the next line, or lies in the slack of `to`. */
 #define DOT__PATCH_SLACK 4
+#define DOT__PATCH_LINES 320        /* at most: a patch has no more elements than DOT__DEPTH */
 #define DOT__PATCHES(T, S) \
 static void dot__patches_##S(const dot__rows *r, dot__position at, int64_t rows, int64_t depth, const void *from, void *patches) \
 { \
     const dot__axis *x = &r->axis[0], *y = &r->axis[1], *z = &r->axis[2]; \
-    int64_t length = z->taps * depth; \
+    int64_t length = z->taps * depth, lines = (int64_t)x->taps * y->taps, n; \
     T *to = (T *)patches; \
-    for (; rows > 0; --rows, dot__position_next(r, &at)) { \
+    for (; rows > 0; rows -= n, dot__advance(r, &at, n)) { \
         const int32_t *fx = x->from + at.at[0] * x->taps, *fy = y->from + at.at[1] * y->taps, *fz = z->from + at.at[2] * z->taps; \
         const T *a = (const T *)from + at.image * r->from_image; \
-        bool whole = fz[0] >= 0 && fz[z->taps - 1] - fz[0] == length - depth; \
-        for (int i = 0; i < x->taps; ++i) \
-            for (int j = 0; j < y->taps; ++j, to += length) { \
-                if ((fx[i] | fy[j]) < 0) { \
-                    for (int64_t c = 0; c < length; ++c) to[c] = (T)0; \
-                    continue; \
-                } \
-                const T *line = a + fx[i] + fy[j]; \
-                if (whole) for (int64_t c = 0; c < length; c += DOT__PATCH_SLACK) memcpy(to + c, line + fz[0] + c, DOT__PATCH_SLACK * sizeof(T)); \
+        int64_t base[DOT__PATCH_LINES];     /* of the lines that a patch of this run has; -1: padding */ \
+        n = dot__run(r, &at, rows); \
+        for (int i = 0, line = 0; i < x->taps; ++i) \
+            for (int j = 0; j < y->taps; ++j) base[line++] = (fx[i] | fy[j]) < 0 ? -1 : (int64_t)fx[i] + fy[j]; \
+        for (int64_t i = 0; i < n; ++i, fz += z->taps) { \
+            bool whole = fz[0] >= 0 && fz[z->taps - 1] - fz[0] == length - depth; \
+            for (int64_t line = 0; line < lines; ++line, to += length) { \
+                const T *source = a + dot__max(base[line], 0); \
+                if (base[line] < 0) for (int64_t c = 0; c < length; ++c) to[c] = (T)0; \
+                else if (whole) \
+                    for (int64_t c = 0; c < length; c += DOT__PATCH_SLACK) memcpy(to + c, source + fz[0] + c, DOT__PATCH_SLACK * sizeof(T)); \
                 else for (int k = 0; k < z->taps; ++k) \
-                    for (int64_t c = 0; c < depth; ++c) to[k * depth + c] = fz[k] < 0 ? (T)0 : line[fz[k] + c]; \
+                    for (int64_t c = 0; c < depth; ++c) to[k * depth + c] = fz[k] < 0 ? (T)0 : source[fz[k] + c]; \
             } \
+        } \
     } \
 }
 DOT__PATCHES(float, f32)
@@ -4108,9 +4109,9 @@ static void dot__gemm_piece(void *argument, int lane, int64_t piece)
         int64_t rows = dot__min(step, last - r);
         dot__position start = at;
         dot__gemm_targets(&job->rows, start, rows, c, element, block.c);
-        for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t i = 0, n; i < rows; i += n, dot__advance(&job->rows, &at, n)) {
+            n = plan->narrow ? 1 : dot__run(&job->rows, &at, rows - i);
             if (plan->narrow) DOT__CALL(job->dtype, dot__narrow_row, (plan, &at, a, b, bias, block.c[i]));
-            dot__position_next(&job->rows, &at);
         }
         if (plan->narrow) continue;
         if (plan->patches) {
@@ -4172,12 +4173,15 @@ static void dot__fold_piece_##S(void *argument, int lane, int64_t piece) \
     for (int64_t n; left > 0; left -= n, dot__advance(r, &at, n)) { \
         n = dot__run(r, &at, dot__min(left, DOT__FOLD_RUN)); \
         dot__gemm_targets(r, at, n, (char *)dot__lane(job->c, lane), sizeof(T), to); \
-        for (int64_t i = 0; i < n * channels; ++i) sum[i] = bias ? bias[i % channels] : (T)0; \
+        for (int64_t i = 0, c = 0; i < n * channels; ++i, c = c + 1 < channels ? c + 1 : 0) sum[i] = bias ? bias[c] : (T)0; \
         for (int tap = 0; tap < taps; ++tap) { \
             dot__tap_run t = dot__tap_of(r, &at, tap); \
             const T *from = a + t.line + dot__tap_weight(r, tap); \
-            for (int64_t i = 0; i < n && !t.outside; ++i, t.z += t.step) \
-                for (int64_t c = 0; c < channels && *t.z >= 0; ++c) sum[i * channels + c] += from[*t.z + c]; \
+            T *to_sum = sum; \
+            for (int64_t i = 0; i < n && !t.outside; ++i, t.z += t.step, to_sum += channels) { \
+                const T *term = from + dot__max(*t.z, 0); \
+                for (int64_t c = 0; *t.z >= 0 && c < channels; ++c) to_sum[c] += term[c]; \
+            } \
         } \
         if (job->activation != DOT_NONE) dot__activate(job->kernel, job->activation, sum, n * channels); \
         for (int64_t i = 0; i < n; ++i) \
@@ -4291,8 +4295,10 @@ static void dot__outer_piece(void *argument, int lane, int64_t piece)
         tile.d = ds;
         if (plan->patches) {
             DOT__CALL(job->dtype, dot__patches, (&job->rows, at, rows, job->depth, a, patches));
-            for (int64_t i = 0; i < rows; ++i) as[i] = (char *)patches + (size_t)(i * plan->depth + k0) * element;
-            tile.d = (const void *const *)rows_of_d;
+            for (int64_t i = 0; i < rows; ++i) {
+                as[i] = (char *)patches + (size_t)(i * plan->depth + k0) * element;
+                ds[i] = rows_of_d[i];
+            }
             tile.count = rows;
             dot__outer_tiles(plan, &tile, w, height, width);
         } else
@@ -8043,17 +8049,18 @@ static void dot__rule_prepare(dot__rule rule, dot__scalars *h, const dot__prepar
     { \
         DOT__SCALARS(DOT__LOAD_SCALAR) \
         V zero, one; \
+        T *at0 = s[0], *at1 = s[1], *at2 = s[2], *at3 = s[3], *at4 = s[4];     /* what a store may alias is read again after it */ \
         memset(&zero, 0, sizeof zero); \
         one = zero + (T)1; \
         (void)one; \
         for (int64_t i = 0; i < n; i += (int64_t)(sizeof(V) / sizeof(T))) { \
             V theta, g, s0 = zero, s1 = zero, s2 = zero, s3 = zero, s4 = zero, d = zero, q0 = zero, q1 = zero, q2 = zero, q3 = zero; \
             DOT__GET(theta, w) DOT__GET(g, gs) \
-            if (s[0]) DOT__GET(s0, s[0]) \
-            if (s[1]) DOT__GET(s1, s[1]) \
-            if (s[2]) DOT__GET(s2, s[2]) \
-            if (s[3]) DOT__GET(s3, s[3]) \
-            if (s[4]) DOT__GET(s4, s[4]) \
+            if (at0) DOT__GET(s0, at0) \
+            if (at1) DOT__GET(s1, at1) \
+            if (at2) DOT__GET(s2, at2) \
+            if (at3) DOT__GET(s3, at3) \
+            if (at4) DOT__GET(s4, at4) \
             g = gradient * g + l2 * theta; \
             rule; \
             if (sums) { \
@@ -8066,11 +8073,11 @@ static void dot__rule_prepare(dot__rule rule, dot__scalars *h, const dot__prepar
             V moved = after * (keep * theta - d); \
             if (cautious_decay > 0) moved = moved - IF_POSITIVE(-(d * theta), zero, cautious_decay * theta); \
             DOT__PUT(moved, w) \
-            if (s[0]) DOT__PUT(s0, s[0]) \
-            if (s[1]) DOT__PUT(s1, s[1]) \
-            if (s[2]) DOT__PUT(s2, s[2]) \
-            if (s[3]) DOT__PUT(s3, s[3]) \
-            if (s[4]) DOT__PUT(s4, s[4]) \
+            if (at0) DOT__PUT(s0, at0) \
+            if (at1) DOT__PUT(s1, at1) \
+            if (at2) DOT__PUT(s2, at2) \
+            if (at3) DOT__PUT(s3, at3) \
+            if (at4) DOT__PUT(s4, at4) \
             (void)q3; \
         } \
     }
