@@ -55,7 +55,9 @@ static const sweep_variant sweep_variants[] = {
 enum { SWEEP_VARIANTS = sizeof sweep_variants / sizeof *sweep_variants, SWEEP_CONTROL = 1 };
 
 static const double sweep_base_decay = 1e-3;
-static const char *const sweep_schedule_names[] = { "fixed", "step_drop", "cosine", "warm_restarts" };
+static const char *const sweep_schedule_names[] = {
+    [DOT_SCHEDULE_CONSTANT] = "fixed", [DOT_SCHEDULE_STEP_DROP] = "step_drop", [DOT_SCHEDULE_COSINE] = "cosine",
+    [DOT_SCHEDULE_WARM_RESTARTS] = "warm_restarts" };
 
 static bool sweep_factored(const sweep_variant *v)
 {
