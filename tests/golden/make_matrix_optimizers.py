@@ -507,6 +507,7 @@ def main():
     np.seterr(all="ignore")
     torch.set_default_dtype(torch.float64)
     golden, metadata, failed = {}, {}, []
+    common.add_late_runs()
     quick, prefixes = sys.argv[1:] == ["--quick"], tuple(x for x in sys.argv[1:] if x != "--quick")
     for name, settings in RUNS.items():
         if prefixes and not name.startswith(prefixes):
@@ -521,7 +522,7 @@ def main():
         metadata[f"optimizer.{name}"] = describe(**settings)
         complete = {**COMMON, **RULES[settings["algorithm"]].defaults, **settings}
         sources = []
-        for make in [] if quick else CHECKS[settings["algorithm"]]:
+        for make in [] if quick or "late" in settings else CHECKS[settings["algorithm"]]:
             stepper = make(complete)
             if stepper is None:
                 continue

@@ -7,7 +7,7 @@ usage: python make_optimizers.py             write the file, with every check th
 
 Each rule below is written from the paper or the project that is named with it, one tensor at a time, in double
 precision, as plainly as it can be said. A run is 200 steps over the tensors, gradients and rates of make_training.py;
-stored are all parameters after steps 1, 2, 10, 50 and 200. How a run is set up is in the metadata of the file.
+stored are all parameters after steps 1, 2, 10, 50 and 200. A run whose name ends in _late counts on from step 999,999 after its first. How a run is set up is in the metadata of the file.
 
 The rules are held against torch.optim, and against optax and the packages of the authors where these are installed
 (pip install optax schedulefree prodigyopt dadaptation adamp adabelief-pytorch adabound madgrad
@@ -35,7 +35,8 @@ from make_training import CHECKPOINTS, RUN, SHAPES, describe, first_theta, gradi
 RULES = {}       # algorithm -> (function, default options)
 RUNS = {}        # name of a run -> settings
 COMMON = dict(weight_decay=0.0, decay="l2", decay_lr=1.0, decay_period=1.0, maximize=0, cautious=0, dialect="")
-RUN_KEYS = ("algorithm", "stream", "no_tiny", "skip", "f64_only", "curvature_period")
+RUN_KEYS = ("algorithm", "stream", "no_tiny", "skip", "f64_only", "curvature_period", "late")
+LATE = 999_999   # a late run counts on from here after its first step
 
 
 # ---- what all rules share --------------------------------------------------------------------------------------------
@@ -1740,6 +1741,13 @@ def by_optax_too(o):
         return OptaxStepper("contrib.schedule_free", make)
 
 
+def add_late_runs():
+    """Of each algorithm's first run one that goes on at step 10^6: powers of t and bias corrections there."""
+    for algorithm in dict.fromkeys(settings["algorithm"] for settings in RUNS.values()):
+        first = next(settings for settings in RUNS.values() if settings["algorithm"] == algorithm)
+        RUNS[f"{algorithm}_late"] = {**first, "late": LATE}
+
+
 # ---- running -------------------------------------------------------------------------------------------------------------
 
 def loss_of(t):
@@ -1774,6 +1782,9 @@ def trajectory(settings, stepper=None):
         arguments = (gradients, multiplier(t), loss_of(t), curvature_of(settings, gradients, t))
         if stepper is None:
             optimizer.step(*arguments)
+            for s in (*optimizer.state, optimizer.shared) if t == 1 and settings.get("late") else ():
+                if s.t:
+                    s.t = settings["late"]
         else:
             stepper.step(*arguments)
             theta = [np.full(x.shape, np.nan) if y is None else y for x, y in zip(theta, stepper.theta())]
@@ -1870,6 +1881,7 @@ def main():
     np.seterr(all="ignore")
     torch.set_default_dtype(torch.float64)      # or torch.optim.NAdam keeps its product in float32
     golden, metadata, failed = {}, {}, []
+    add_late_runs()
     quick, prefixes = sys.argv[1:] == ["--quick"], tuple(x for x in sys.argv[1:] if x != "--quick")
     chosen = [name for name in RUNS if not prefixes or name.startswith(prefixes)]
     for name in chosen:
@@ -1885,7 +1897,7 @@ def main():
         metadata[f"optimizer.{name}"] = describe(**settings)
         complete = {**COMMON, **RULES[settings["algorithm"]].defaults, **settings}
         sources = []
-        for make in [] if quick else CHECKS.get(settings["algorithm"], []):
+        for make in [] if quick or "late" in settings else CHECKS.get(settings["algorithm"], []):
             stepper = make(complete)
             if stepper is None:
                 continue
