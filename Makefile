@@ -70,7 +70,7 @@ $(B)/%: examples/%.c dotopt.h $(wildcard examples/*.h) | stb
 # The tests use the interface alone, and share one build of the implementation.
 $(B)/dotopt.o: dotopt.h | compiler
 	@mkdir -p $(B) && rm -f $@
-	$(COMPILE) -DDOTOPT_IMPLEMENTATION -x c -c $<
+	printf '\043define DOTOPT_IMPLEMENTATION\n\043include "dotopt.h"\n' | $(COMPILE) -x c -c -
 
 $(B)/test_%: tests/test_%.c $(B)/dotopt.o $(wildcard tests/*.h examples/*.[ch]) | stb
 	@mkdir -p $(B) && rm -f $@

@@ -9,7 +9,8 @@
    compiler's command line. Build:  cc -O2 program.c -lm -pthread
 
    LIMITS
-     - CPU only in this file (x86-64 with AVX2 or AVX-512 is fast; everything else runs portable C).
+     - CPU only in this file (x86-64 with AVX2 or AVX-512 is fast; 64-bit ARM has NEON for matrix products and
+       convolutions alone; everything else runs portable C).
      - Dense tensors, up to 8 dimensions, contiguous, 32- and 64-bit floats; no sparse tensors, no int8.
      - One process, one machine; no distributed training.
      - Gradients are first order: the backward pass is not itself recorded.
@@ -131,7 +132,7 @@ int         dot_threads(const dot_context *ctx);
 int         dot_lanes(const dot_context *ctx);
 dot_dtype   dot_context_dtype(const dot_context *ctx);
 uint64_t    dot_lane_seed(const dot_context *ctx, int lane);    /* 0 for a bad lane */
-const char *dot_kernels(const dot_context *ctx);    /* "avx512", "avx2" or "portable" */
+const char *dot_kernels(const dot_context *ctx);    /* "avx512", "avx2", "neon" or "portable" */
 
 /* Begin a training step: takes all step memory back and starts recording for dot_backward. */
 void dot_step_begin(dot_context *ctx);
@@ -1438,6 +1439,11 @@ dot_tensor *dot_batch_labels(dot_dataset *dataset, int64_t batch, int64_t step);
 #define DOT__TARGET_AVX512 __attribute__((target("avx512f,avx2,fma")))
 #endif
 
+#if defined(__GNUC__) && defined(__aarch64__) && !defined(DOTOPT_NO_SIMD)
+#define DOT__NEON                   /* every such processor has it */
+#include <arm_neon.h>
+#endif
+
 #ifdef __GNUC__
 #define DOT__INLINE static inline __attribute__((always_inline, unused))
 #define DOT__PRINTF(text, first) __attribute__((format(printf, text, first)))
@@ -2456,7 +2462,8 @@ typedef struct dot__reduce {        /* out = scale * (sum | max | min over the a
                          positions fall into stride^dims classes by their remainder modulo the stride. Within a class every
                          position is reached by the same taps, so each class is one matrix product over those taps: row =
                          position of the class, A = gradient of the output, B = the weight of the class's taps, transposed.
-   The table says which taps those are (`tap`) and where the results go (`to`). */
+   The table says which taps those are (`tap`) and where the results go (`to`). Only where the image has so few channels that a tile
+   would be half empty, the products with all taps are made side by side, and added up where they belong: dot__fold. */
 typedef struct dot__axis {
     int64_t count;                  /* positions along the axis */
     int taps;
@@ -3244,10 +3251,75 @@ static void dot__sum_rows_##S(const void *xs, int64_t rows, int64_t step, double
 DOT__PORTABLE_KERNELS(float, f32)
 DOT__PORTABLE_KERNELS(double, f64)
 
+/* Accumulators have names because compilers keep arrays of them in memory. */
+#define DOT__SIX(X)    X(0) X(1) X(2) X(3) X(4) X(5)
+#define DOT__EIGHT(X)  DOT__SIX(X) X(6) X(7)
+#define DOT__TWELVE(X) DOT__EIGHT(X) X(8) X(9) X(10) X(11)
+
+#ifdef DOT__NEON
+/* Six rows of four registers, four of B and one of A: twenty-nine of thirty-two. */
+#define DOT__NEON_START(i)   float32x4_t c##i##0 = s0, c##i##1 = s1, c##i##2 = s2, c##i##3 = s3;
+#define DOT__NEON_POINTER(i) const float *a##i = a[i];
+#define DOT__NEON_ADD(i, number) x = vdupq_n_f32(number); \
+    c##i##0 = vfmaq_f32(c##i##0, x, b0); c##i##1 = vfmaq_f32(c##i##1, x, b1); \
+    c##i##2 = vfmaq_f32(c##i##2, x, b2); c##i##3 = vfmaq_f32(c##i##3, x, b3);
+#define DOT__NEON_STEP(i)    DOT__NEON_ADD(i, a##i[k])
+#define DOT__NEON_OUTER(i)   DOT__NEON_ADD(i, a[i])
+#define DOT__NEON_STORE(i)   if (t->rows > i) \
+    dot__store_row_neon(c##i##0, c##i##1, c##i##2, c##i##3, (float *)t->c[i], t->columns, t->accumulate, t->relu);
+#define DOT__NEON_OUTER_STORE(i) if (t->rows > i) \
+    dot__store_row_neon(c##i##0, c##i##1, c##i##2, c##i##3, (float *)t->w + i * t->w_row, t->columns, t->accumulate, false);
+
+static void dot__store_row_neon(float32x4_t c0, float32x4_t c1, float32x4_t c2, float32x4_t c3, float *c, int columns, bool accumulate, bool relu)
+{
+    float row[16];
+    vst1q_f32(row, c0);
+    vst1q_f32(row + 4, c1);
+    vst1q_f32(row + 8, c2);
+    vst1q_f32(row + 12, c3);
+    for (int j = 0; j < columns; ++j) {
+        c[j] = accumulate ? c[j] + row[j] : row[j];
+        if (relu && c[j] < 0) c[j] = 0;
+    }
+}
+
+static void dot__tile_neon(const dot__tile *t)
+{
+    const float *bias = (const float *)t->bias;
+    float32x4_t s0 = vdupq_n_f32(0), s1 = s0, s2 = s0, s3 = s0, x;
+    if (bias) {
+        s0 = vld1q_f32(bias);
+        s1 = vld1q_f32(bias + 4);
+        s2 = vld1q_f32(bias + 8);
+        s3 = vld1q_f32(bias + 12);
+    }
+    DOT__SIX(DOT__NEON_START)
+    for (int tap = 0; tap < t->taps; ++tap) {
+        const float *b = (const float *)t->b + tap * t->b_tap, *const *a = (const float *const *)t->a + tap * 6;
+        DOT__SIX(DOT__NEON_POINTER)
+        for (int64_t k = 0; k < t->depth; ++k, b += 16) {
+            float32x4_t b0 = vld1q_f32(b), b1 = vld1q_f32(b + 4), b2 = vld1q_f32(b + 8), b3 = vld1q_f32(b + 12);
+            DOT__SIX(DOT__NEON_STEP)
+        }
+    }
+    DOT__SIX(DOT__NEON_STORE)
+}
+
+static void dot__outer_neon(const dot__outer_tile *t)
+{
+    float32x4_t s0 = vdupq_n_f32(0), s1 = s0, s2 = s0, s3 = s0, x;
+    DOT__SIX(DOT__NEON_START)
+    for (int64_t p = 0; p < t->count; ++p) {
+        const float *a = (const float *)t->a[p] + t->a_at, *d = (const float *)t->d[p] + t->d_at;
+        float32x4_t b0 = vld1q_f32(d), b1 = vld1q_f32(d + 4), b2 = vld1q_f32(d + 8), b3 = vld1q_f32(d + 12);
+        DOT__SIX(DOT__NEON_OUTER)
+    }
+    DOT__SIX(DOT__NEON_OUTER_STORE)
+}
+#endif
+
 #ifdef DOT__AVX2
-/* Six rows of two registers, two of B and one of A: all sixteen. They have names because compilers keep arrays of them in
-   memory. */
-#define DOT__SIX(X) X(0) X(1) X(2) X(3) X(4) X(5)
+/* Six rows of two registers, two of B and one of A: all sixteen. */
 #define DOT__TILE_START(i) __m256 c##i##0 = s0, c##i##1 = s1;
 #define DOT__TILE_ROW(i)   const float *a##i = (const float *)t->a[tap * 6 + i];
 #define DOT__TILE_STEP(i)  x = _mm256_broadcast_ss(a##i + k); \
@@ -3354,8 +3426,6 @@ DOT__TARGET_AVX2 static void dot__sum_rows_avx2(const void *xs, int64_t rows, in
 
 /* AVX-512: twelve rows of two registers, or of one for a matrix of few columns, where the numbers of A come from memory in the
    multiplication itself. */
-#define DOT__TWELVE(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
-#define DOT__EIGHT(X)  X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define DOT__WIDE_START(i) __m512 c##i##0 = s0, c##i##1 = s1;
 #define DOT__WIDE_STEP(i)  x = _mm512_set1_ps(a##i[k]); \
                            c##i##0 = _mm512_fmadd_ps(x, b0, c##i##0); c##i##1 = _mm512_fmadd_ps(x, b1, c##i##1);
@@ -3426,21 +3496,25 @@ DOT__OUTER_AVX512(dot__outer_avx512_slim, 1, DOT__SLIM_START, DOT__SLIM_OUTER, D
 #endif
 
 /* name, slim, rows, columns, outer_rows, and the functions */
-#define DOT__PORTABLE_ROW(S) { "portable", NULL, DOT__PORTABLE_ROWS, DOT__PORTABLE_COLUMNS, DOT__PORTABLE_ROWS, dot__tile_##S, dot__outer_##S, \
-                               dot__dot_##S, dot__sum_rows_##S, dot__top_##S, dot__exp_row_##S, dot__norm_sums_##S, dot__norm_affine_##S, dot__norm_pairs_##S, \
-                               dot__norm_back_##S, dot__maps_##S }
+#define DOT__KERNEL_ROW(name, slim, rows, columns, outer_rows, tile, outer, S, V) \
+    { name, slim, rows, columns, outer_rows, tile, outer, dot__dot_##S, dot__sum_rows_##S, dot__top_##V, dot__exp_row_##V, dot__norm_sums_##V, \
+      dot__norm_affine_##V, dot__norm_pairs_##V, dot__norm_back_##V, dot__maps_##V }
+#define DOT__PORTABLE_ROW(S) DOT__KERNEL_ROW("portable", NULL, DOT__PORTABLE_ROWS, DOT__PORTABLE_COLUMNS, DOT__PORTABLE_ROWS, dot__tile_##S, \
+                                             dot__outer_##S, S, S)
 static const dot__kernels dot__kernels_portable[2] = { DOT__PORTABLE_ROW(f32), DOT__PORTABLE_ROW(f64) };
+#ifdef DOT__NEON
+static const dot__kernels dot__kernels_neon[2] = {
+    DOT__KERNEL_ROW("neon", NULL, 6, 16, 6, dot__tile_neon, dot__outer_neon, f32, f32), DOT__PORTABLE_ROW(f64),
+};
+#endif
 #ifdef DOT__AVX2
-#define DOT__X86_ROW(name, slim, rows, columns, outer_rows, tile, outer) \
-    { name, slim, rows, columns, outer_rows, tile, outer, dot__dot_avx2, dot__sum_rows_avx2, dot__top_avx2, dot__exp_row_avx2, dot__norm_sums_avx2, \
-      dot__norm_affine_avx2, dot__norm_pairs_avx2, dot__norm_back_avx2, dot__maps_avx2 }
 static const dot__kernels dot__kernels_avx2[2] = {
-    DOT__X86_ROW("avx2", NULL, 6, 16, 6, dot__tile_avx2, dot__outer_avx2), DOT__PORTABLE_ROW(f64),
+    DOT__KERNEL_ROW("avx2", NULL, 6, 16, 6, dot__tile_avx2, dot__outer_avx2, avx2, avx2), DOT__PORTABLE_ROW(f64),
 };
 static const dot__kernels dot__kernel_avx512_slim =
-    DOT__X86_ROW("avx512", NULL, 12, 16, 8, dot__tile_avx512_slim, dot__outer_avx512_slim);
+    DOT__KERNEL_ROW("avx512", NULL, 12, 16, 8, dot__tile_avx512_slim, dot__outer_avx512_slim, avx2, avx2);
 static const dot__kernels dot__kernels_avx512[2] = {
-    DOT__X86_ROW("avx512", &dot__kernel_avx512_slim, 12, 32, 8, dot__tile_avx512, dot__outer_avx512), DOT__PORTABLE_ROW(f64),
+    DOT__KERNEL_ROW("avx512", &dot__kernel_avx512_slim, 12, 32, 8, dot__tile_avx512, dot__outer_avx512, avx2, avx2), DOT__PORTABLE_ROW(f64),
 };
 #endif
 
@@ -3450,6 +3524,9 @@ static const dot__kernels *dot__kernel(const dot_context *ctx, dot_dtype dtype)
 #ifdef DOT__AVX2
     if (ctx->simd && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         return &(__builtin_cpu_supports("avx512f") ? dot__kernels_avx512 : dot__kernels_avx2)[dtype == DOT_F64];
+#endif
+#ifdef DOT__NEON
+    if (ctx->simd) return &dot__kernels_neon[dtype == DOT_F64];
 #endif
     (void)ctx;
     return &dot__kernels_portable[dtype == DOT_F64];
@@ -3923,6 +4000,7 @@ static int64_t dot__tap_weight(const dot__rows *r, int tap)
     return (int64_t)r->axis[0].tap[i] + r->axis[1].tap[j] + r->axis[2].tap[k];
 }
 
+#define DOT__PACK_ROWS 16           /* k's packed together: a cache line of each column, where B is transposed */
 #define DOT__PACK(T, S) \
 static void dot__pack_piece_##S(void *argument, int lane, int64_t piece) \
 { \
@@ -3939,13 +4017,14 @@ static void dot__pack_piece_##S(void *argument, int lane, int64_t piece) \
                 for (int64_t k = 0; k < depth; ++k) to[(j * taps + tap) * depth + k] = b[k * job->b_row + j * job->b_column]; \
             continue; \
         } \
-        if (job->b_column == 1 && n == width) \
-            for (int64_t k = 0; k < depth; ++k, to += width) memcpy(to, b + k * job->b_row, (size_t)width * sizeof(T)); \
-        else \
-            for (int64_t k = 0; k < depth; ++k, to += width) { \
-                for (int j = 0; j < n; ++j) to[j] = b[k * job->b_row + j * job->b_column]; \
-                for (int64_t j = n; j < width; ++j) to[j] = (T)0; \
-            } \
+        for (int64_t k = 0, left; k < depth; k += DOT__PACK_ROWS, to += left * width) { \
+            left = dot__min(DOT__PACK_ROWS, depth - k); \
+            if (job->b_column == 1 && n == width) \
+                for (int64_t i = 0; i < left; ++i) memcpy(to + i * width, b + (k + i) * job->b_row, (size_t)width * sizeof(T)); \
+            else \
+                for (int64_t j = 0; j < width; ++j) \
+                    for (int64_t i = 0; i < left; ++i) to[i * width + j] = j < n ? b[(k + i) * job->b_row + j * job->b_column] : (T)0; \
+        } \
     } \
     if (job->bias.data) { \
         T *bias = (T *)(void *)(plan->bias + (size_t)lane * plan->bias_lane) + piece * width; \

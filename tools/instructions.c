@@ -3,7 +3,6 @@
    Use:    instructions autoencoder|mlp avx2|portable      one thread; prints the kernels and the last loss */
 #include <stdio.h>
 #include <string.h>
-#define DOTOPT_IMPLEMENTATION
 #include "dotopt.h"
 
 #include "bench_nets.h"

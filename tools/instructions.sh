@@ -42,9 +42,11 @@ trap 'rm -rf "$dir"' EXIT
 trap 'exit 1' HUP INT TERM
 
 # The implementation is compiled by make, which keeps it for the next time.
-CC=$cc CFLAGS=$flags make -s build/dotopt.o >"$dir/log" 2>&1 &&
-    $cc $flags -std=c99 -I. -DDOTOPT__IMPLEMENTED -o "$dir/program" tools/instructions.c build/dotopt.o -lm -pthread >>"$dir/log" 2>&1 ||
-    die "cannot compile tools/instructions.c: $(tail -n 1 "$dir/log")"
+compile() {
+    # shellcheck disable=SC2086
+    CC=$cc CFLAGS=$flags make -s build/dotopt.o && $cc $flags -std=c99 -I. -o "$dir/program" tools/instructions.c build/dotopt.o -lm -pthread
+}
+compile >"$dir/log" 2>&1 || die "cannot compile tools/instructions.c: $(tail -n 1 "$dir/log")"
 
 count() { # NETWORK KERNELS: writes the count to a file
     valgrind --tool=callgrind --toggle-collect=counted_steps --callgrind-out-file="$dir/out.$1.$2" \
