@@ -4022,8 +4022,12 @@ static void dot__pack_piece_##S(void *argument, int lane, int64_t piece) \
             if (job->b_column == 1 && n == width) \
                 for (int64_t i = 0; i < left; ++i) memcpy(to + i * width, b + (k + i) * job->b_row, (size_t)width * sizeof(T)); \
             else \
-                for (int64_t j = 0; j < width; ++j) \
-                    for (int64_t i = 0; i < left; ++i) to[i * width + j] = j < n ? b[(k + i) * job->b_row + j * job->b_column] : (T)0; \
+                for (int64_t j = 0; j < width; ++j) { \
+                    const T *column = b + k * job->b_row + dot__min(j, n - 1) * job->b_column; \
+                    T *element = to + j; \
+                    if (j < n) for (int64_t i = 0; i < left; ++i) element[i * width] = column[i * job->b_row]; \
+                    else for (int64_t i = 0; i < left; ++i) element[i * width] = (T)0; \
+                } \
         } \
     } \
     if (job->bias.data) { \
