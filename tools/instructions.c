@@ -1,5 +1,5 @@
 /* instructions - a few training steps of fixed work, for tools/instructions.sh to count their instructions.
-   Build:  cc -O2 -I. -o instructions tools/instructions.c -lm -pthread
+   Build:  make build/dotopt.o && cc -O2 -I. -o instructions tools/instructions.c build/dotopt.o -lm -pthread
    Use:    instructions autoencoder|mlp avx2|portable      one thread; prints the kernels and the last loss */
 #include <stdio.h>
 #include <string.h>
