@@ -8543,7 +8543,7 @@ static bool dot__rule_options_ok(dot_context *ctx, const char *f, const dot_opti
                   (unsigned)o->dialect < DOT_DIALECTS ? dot_dialect_name(o->dialect) : "unknown");
     else if ((unsigned)o->state > DOT_STATE_8BIT)
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: state %d, expected DOT_STATE_...", f, (int)o->state);
-    else if (o->state != DOT_STATE_FULL && (rule >= DOT__RULE_COUNT || dot__has_curvature(rule) || ctx->dtype != DOT_F32))
+    else if (o->state != DOT_STATE_FULL && (rule >= DOT__RULE_COUNT || ctx->dtype != DOT_F32))
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: state %d for %s, expected DOT_STATE_FULL: others are for float32 and elementwise rules", f,
                   (int)o->state, name);
     else if (o->cautious && rule >= DOT__RULE_COUNT)
@@ -10327,18 +10327,35 @@ static bool dot__matrix_step(dot_optimizer *opt)
 
 /* ---- curvature ---- */
 
+/* h of the state takes in the gradient x; Sophia-H keeps the estimate as it is until its step has used the curvature before it. */
+static double dot__curvature_next(const dot_optimizer *opt, double beta2, double h, double x)
+{
+    return opt->rule == DOT__RULE_SOPHIA_H ? x : beta2 * h + (1 - beta2) * x * x;
+}
+
 static void dot__curvature_piece(void *argument, int lane, int64_t piece)
 {
     dot_optimizer *opt = (dot_optimizer *)argument;
     const dot__slot *slot = dot__slot_of_piece(opt, piece);
-    bool estimate = opt->rule == DOT__RULE_SOPHIA_H;    /* kept until its step has used the curvature before it */
+    dot_state_precision precision = opt->options.state;
     double beta2 = dot__hypers(opt, slot->group, lane)->beta2;
-    void *g = dot__at(slot->tensor->grad, lane), *s = dot__at(slot->state[estimate ? 2 : 1], lane);
+    unsigned char *g = (unsigned char *)dot__at(slot->tensor->grad, lane);
+    unsigned char *s = (unsigned char *)dot__at(slot->state[opt->rule == DOT__RULE_SOPHIA_H ? 2 : 1], lane);
     dot_dtype dtype = slot->tensor->dtype;
-    int64_t n, i = dot__part(slot->tensor->size, piece - slot->first_piece, DOT__PIECE, &n);
-    for (n += i; i < n; ++i) {
-        double x = dot__load(g, dtype, i);
-        dot__store(s, dtype, i, estimate ? x : beta2 * dot__load(s, dtype, i) + (1 - beta2) * x * x);
+    int64_t n, first = dot__part(slot->tensor->size, piece - slot->first_piece, DOT__PIECE, &n);
+    uint64_t stream = DOT__STREAM_STATE | (uint64_t)slot->index << 40 | (uint64_t)3 << 38 | (uint64_t)slot->t;   /* these rules have no state 3 */
+    float h[DOT__BLOCK];
+    for (int64_t end = first + n, size = slot->tensor->size; first < end; first += DOT__BLOCK) {
+        int64_t count = dot__min(DOT__BLOCK, end - first);
+        if (precision == DOT_STATE_FULL) {
+            for (int64_t i = first; i < first + count; ++i)
+                dot__store(s, dtype, i, dot__curvature_next(opt, beta2, dot__load(s, dtype, i), dot__load(g, dtype, i)));
+            continue;
+        }
+        dot__state_decode(precision, opt->code, s, size, first, count, h);
+        for (int64_t i = 0; i < count; ++i)
+            h[i] = (float)dot__curvature_next(opt, beta2, (double)h[i], dot__load(g, dtype, first + i));
+        dot__state_encode(precision, opt->code, s, size, first, count, h, opt->ctx->lane_seeds[lane], stream);
     }
 }
 

@@ -182,7 +182,7 @@ MAYBE_UNUSED static void set_parameters(dot_layer *net, uint32_t first_stream, d
 
 typedef struct settings {
     dot_optimizer_options optimizer;
-    double clip, total, factor, floor, curvature_period, late;
+    double clip, total, factor, floor, curvature_period, late, rounding;
     bool known, no_tiny, skip, f64_only;
     char kind[FIELD_SIZE], milestones[FIELD_SIZE];  /* schedule */
     char stream[FIELD_SIZE];                        /* of gradients */
@@ -198,7 +198,7 @@ static const struct { const char *key; size_t offset; char type; } setting_field
     DOT_HYPERPARAMETERS(NUMBER)
     OPTION(nesterov), OPTION(relative_step), OPTION(scale_parameter), OPTION(maximize), OPTION(centered), OPTION(rectify),
     OPTION(amsbound), OPTION(cautious),
-    REAL(clip), REAL(total), REAL(curvature_period), REAL(late), REAL(factor), REAL(floor), FLAG(no_tiny), FLAG(skip), FLAG(f64_only),
+    REAL(clip), REAL(total), REAL(curvature_period), REAL(late), REAL(rounding), REAL(factor), REAL(floor), FLAG(no_tiny), FLAG(skip), FLAG(f64_only),
     TEXT(kind), TEXT(milestones), TEXT(stream), TEXT(pattern), TEXT(kinds)
 };
 
