@@ -346,6 +346,8 @@ dot_layer *dot_nn_conv_transpose2d(dot_context *ctx, int64_t in, int64_t out, co
 dot_layer *dot_nn_conv_transpose3d(dot_context *ctx, int64_t in, int64_t out, const dot_conv_options *options);
 dot_layer *dot_nn_max_pool(dot_context *ctx, const dot_pool_options *options);
 dot_layer *dot_nn_avg_pool(dot_context *ctx, const dot_pool_options *options);
+dot_layer *dot_nn_adaptive_max_pool(dot_context *ctx, int64_t depth, int64_t height, int64_t width);    /* of the output; */
+dot_layer *dot_nn_adaptive_avg_pool(dot_context *ctx, int64_t depth, int64_t height, int64_t width);    /* unused sizes 0 */
 dot_layer *dot_nn_batch_norm(dot_context *ctx, int64_t channels);                   /* eps 1e-5, momentum 0.1 */
 dot_layer *dot_nn_layer_norm(dot_context *ctx, int64_t size);                       /* over the last axis, eps 1e-5 */
 dot_layer *dot_nn_group_norm(dot_context *ctx, int groups, int64_t channels);       /* eps 1e-5 */
@@ -6744,7 +6746,7 @@ struct dot_layer {
     int groups;
     int64_t in, out;                                    /* features or channels */
     int64_t in_channels, out_channels;                  /* linear: how its features split into channels, or 0 */
-    int64_t size[4];                                    /* unflatten: depth, height, width, channels */
+    int64_t size[4];                                    /* unflatten, adaptive pool: depth, height, width, channels; unused 0 */
 };
 
 /* ---- the tree ---- */
@@ -7343,6 +7345,44 @@ static dot_layer *dot__pool_layer(dot_context *ctx, const char *function, const 
 
 dot_layer *dot_nn_max_pool(dot_context *ctx, const dot_pool_options *options) { return dot__pool_layer(ctx, "dot_nn_max_pool", options, true); }
 dot_layer *dot_nn_avg_pool(dot_context *ctx, const dot_pool_options *options) { return dot__pool_layer(ctx, "dot_nn_avg_pool", options, false); }
+
+static dot_tensor *dot__adaptive_pool_forward(dot_layer *l, dot_tensor *x, bool maximum)
+{
+    const char *f = maximum ? "dot_nn_adaptive_max_pool" : "dot_nn_adaptive_avg_pool";
+    int dims = 1 + (l->size[1] > 0) + (l->size[0] > 0);
+    if (!dot__enter(f, x, x)) return NULL;
+    if (x->rank == dims + 2) return dot__adaptive_op(f, x, l->size + 3 - dims, maximum);
+    dot__fail(x->ctx, DOT_ERROR_SHAPE, "%s: input %s, expected %d spatial axes between batch and channels", f, DOT__SHAPE(x), dims);
+    return NULL;
+}
+
+static dot_tensor *dot__adaptive_max_pool_forward(dot_layer *l, dot_tensor *x, dot_activation act) { (void)act; return dot__adaptive_pool_forward(l, x, true); }
+static dot_tensor *dot__adaptive_avg_pool_forward(dot_layer *l, dot_tensor *x, dot_activation act) { (void)act; return dot__adaptive_pool_forward(l, x, false); }
+
+static dot_layer *dot__adaptive_pool_layer(dot_context *ctx, bool maximum, const int64_t size[3])
+{
+    const char *f = maximum ? "dot_nn_adaptive_max_pool" : "dot_nn_adaptive_avg_pool";
+    bool ok = size[2] >= 1 && size[1] >= 0 && size[0] >= 0 && (size[1] > 0 || size[0] == 0)
+           && size[0] <= INT32_MAX && size[1] <= INT32_MAX && size[2] <= INT32_MAX;
+    if (dot_ok(ctx) && !ok)
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: sizes " DOT__I64 ", " DOT__I64 ", " DOT__I64 ", expected width of 1 or more, unused sizes 0",
+                  f, DOT__LL(size[0]), DOT__LL(size[1]), DOT__LL(size[2]));
+    dot_layer *l = dot__layer_new(ctx, f, "adaptive_pool", maximum ? dot__adaptive_max_pool_forward : dot__adaptive_avg_pool_forward);
+    for (int i = 0; i < 3 && l; ++i) l->size[i] = size[i];
+    return l;
+}
+
+dot_layer *dot_nn_adaptive_max_pool(dot_context *ctx, int64_t depth, int64_t height, int64_t width)
+{
+    const int64_t size[3] = { depth, height, width };
+    return dot__adaptive_pool_layer(ctx, true, size);
+}
+
+dot_layer *dot_nn_adaptive_avg_pool(dot_context *ctx, int64_t depth, int64_t height, int64_t width)
+{
+    const int64_t size[3] = { depth, height, width };
+    return dot__adaptive_pool_layer(ctx, false, size);
+}
 
 /* ---- flatten and unflatten: PyTorch's feature order is channels first ---- */
 

@@ -372,6 +372,8 @@ static void test_null_context(void **state)
     SILENT(dot_nn_softplus(NULL));
     SILENT(dot_nn_flatten(NULL));
     SILENT(dot_nn_unflatten(NULL, 0, 0, 1, 1));
+    SILENT(dot_nn_adaptive_max_pool(NULL, 0, 1, 1));
+    SILENT(dot_nn_adaptive_avg_pool(NULL, 0, 1, 1));
     SILENT(dot_nn_custom(NULL, "custom", zoo_scale_forward, NULL));
     SILENT(dot_optimizer_create(NULL, f->net, NULL));
     SILENT(!isnan(dot_gradient_check(NULL, NULL, NULL, NULL, 0, 1e-6)));
@@ -1029,6 +1031,9 @@ static void test_layer_options(void **state)
     FAILS(ARGUMENT, "nan", dot_nn_leaky_relu(f->ctx, NAN));
     FAILS(ARGUMENT, "inf", dot_nn_leaky_relu(f->ctx, INFINITY));
     FAILS(ARGUMENT, "-1", dot_nn_unflatten(f->ctx, 0, 4, 4, -1));
+    FAILS(ARGUMENT, "0", dot_nn_adaptive_max_pool(f->ctx, 0, 4, 0));
+    FAILS(ARGUMENT, "-3", dot_nn_adaptive_avg_pool(f->ctx, 0, -3, 4));
+    FAILS(ARGUMENT, "2", dot_nn_adaptive_avg_pool(f->ctx, 2, 0, 4));
     FAILS(ARGUMENT, "-2", dot_nn_unflatten(f->ctx, -2, 4, 4, 1));
     FAILS(ARGUMENT, "-2", dot_nn_unflatten(f->ctx, 0, -2, 4, 1));
     FAILS(ARGUMENT, "-2", dot_nn_unflatten(f->ctx, 0, 4, -2, 1));
@@ -1047,6 +1052,7 @@ static void test_forward(void **state)
     dot_layer *norm = dot_nn_layer_norm(ctx, 3), *group = dot_nn_group_norm(ctx, 1, 3);
     dot_layer *embedding = dot_nn_embedding(ctx, 2, 3), *unflatten = dot_nn_unflatten(ctx, 0, 2, 2, 1);
     dot_layer *pool = dot_nn_max_pool(ctx, NULL), *average = dot_nn_avg_pool(ctx, NULL), *relu = dot_nn_relu(ctx);
+    dot_layer *cubes = dot_nn_adaptive_avg_pool(ctx, 1, 1, 1), *lines = dot_nn_adaptive_max_pool(ctx, 0, 0, 2);
     dot_layer *custom = dot_nn_custom(ctx, "broken", broken_forward, NULL);
     dot_tensor *line = dot_tensor_create(ctx, DOT_F32, 3, SHAPE(2, 8, 3));
     wrong_rows = 0;
@@ -1074,6 +1080,8 @@ static void test_forward(void **state)
     FAILS_AS("dot_forward|dot_unflatten|dot_nn_unflatten|dot_reshape", SHAPES, "17", dot_forward(unflatten, f->wide));
     FAILS_AS("dot_forward|dot_max_pool|dot_nn_max_pool", SHAPES, "", dot_forward(pool, f->x));
     FAILS_AS("dot_forward|dot_avg_pool|dot_nn_avg_pool", SHAPES, "", dot_forward(average, f->x));
+    FAILS_AS("dot_nn_adaptive_avg_pool", SHAPES, "3", dot_forward(cubes, f->image));
+    FAILS_AS("dot_nn_adaptive_max_pool", SHAPES, "1", dot_forward(lines, f->image));
     REFUSED(dot_forward(custom, f->x));
     finish();
 }

@@ -1176,6 +1176,27 @@ static void test_fan_out(void **state)
     dot_context_destroy(ctx);
 }
 
+/* 0, 1, ..., 23 as [1, 4, 3, 2]: what nn.AdaptiveMaxPool2d and AvgPool2d of (2, 1) and (1, 1) give in channel 0. */
+static void test_adaptive_pooling_layers(void **state)
+{
+    (void)state;
+    static const int64_t shape[4] = { 1, 4, 3, 2 };
+    float values[24];
+    double out[4];
+    for (int i = 0; i < 24; ++i)
+        values[i] = (float)i;
+    dot_context *ctx = dot_context_create(NULL);
+    dot_layer *halves = dot_nn_adaptive_max_pool(ctx, 0, 2, 1), *all = dot_nn_adaptive_avg_pool(ctx, 0, 1, 1);
+    dot_layer *net = dot_nn_sequential(ctx, all, dot_nn_flatten(ctx), dot_nn_linear(ctx, 2, 3), NULL);
+    dot_step_begin(ctx);
+    dot_tensor *x = dot_input(ctx, DOT_F32, 4, shape, values), *y = dot_forward(halves, x), *mean = dot_forward(all, x);
+    assert_true(dot_tensor_get(y, 0, out, 4));
+    assert_true(dot_tensor_dim(y, 1) == 2 && out[0] == 10 && out[1] == 11 && out[2] == 22 && out[3] == 23);
+    assert_true(dot_tensor_get(mean, 0, out, 2) && out[0] == 11 && out[1] == 12);
+    assert_int_equal(dot_tensor_dim(dot_forward(net, x), 1), 3);
+    dot_context_destroy(ctx);
+}
+
 static dot_tensor *half_detached(void *user)
 {
     dot_tensor *x = *(dot_tensor **)user;
@@ -1296,7 +1317,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_dropout_gradient), cmocka_unit_test(test_dropout_repeats),
         cmocka_unit_test(test_dropout_lanes), cmocka_unit_test(test_errors), cmocka_unit_test(test_null_arguments),
         cmocka_unit_test(test_errors_in_lanes), cmocka_unit_test(test_mixed_arguments), cmocka_unit_test(test_backward_errors),
-        cmocka_unit_test(test_two_losses), cmocka_unit_test(test_fan_out),
+        cmocka_unit_test(test_two_losses), cmocka_unit_test(test_fan_out), cmocka_unit_test(test_adaptive_pooling_layers),
         cmocka_unit_test(test_gradient_check_fails), cmocka_unit_test(test_functions_of_float),
         cmocka_unit_test(test_every_operation)
     };
