@@ -302,6 +302,22 @@ dot_tensor *dot_adaptive_avg_pool(dot_tensor *x, const int64_t *sizes);
 dot_tensor *dot_softmax(dot_tensor *x, int axis);       /* exp(x - max) / sum; a negative axis counts from the last */
 dot_tensor *dot_log_softmax(dot_tensor *x, int axis);
 
+/* Scaled dot-product attention of several heads: q [N, T, heads * d], k [N, S, heads * d], v [N, S, heads * e] -> [N, T, heads * e];
+   head h of each is the h-th run of its last axis, and o = softmax(scale q k') v, row by row. The scores exist in small blocks only
+   (online softmax). Attention weights have no dropout.
+   Vaswani et al. 2017, eq. 1; Milakov, Gimelshein 2018 and Dao et al. 2022 for the blocks; torch's scaled_dot_product_attention */
+typedef struct dot_attention_options {
+    uint32_t magic;             /* set by dot_attention_defaults */
+    int64_t heads;              /* 1 */
+    double scale;               /* NAN (default): 1 / sqrt(d) */
+    bool causal;                /* false; true: query t sees the keys 0..t only */
+    dot_tensor *key_mask;       /* NULL; else DOT_U8 [N, S]: 0 hides a key. A query that sees no key gives zeros. */
+} dot_attention_options;
+dot_attention_options dot_attention_defaults(void);
+dot_tensor *dot_attention(dot_tensor *q, dot_tensor *k, dot_tensor *v, const dot_attention_options *options);
+/* The same with q, k and v behind one another in the last axis, as one linear layer makes them: [N, T, 3 heads d] -> [N, T, heads d]. */
+dot_tensor *dot_self_attention(dot_tensor *qkv, const dot_attention_options *options);
+
 /* While training: zero with probability p, else x / (1 - p). The mask depends on the seed, the step and the
    order of the dropouts in the step. (Srivastava et al. 2014; p in [0, 1]) */
 dot_tensor *dot_dropout(dot_tensor *x, double p);
@@ -1509,6 +1525,7 @@ static void dot__denormals_restore(unsigned long long before)
 #define DOT__MAGIC_POOL      0xd07c0003u
 #define DOT__MAGIC_OPTIMIZER 0xd07c0004u
 #define DOT__MAGIC_DATASET   0xd07c0005u
+#define DOT__MAGIC_ATTENTION 0xd07c0006u
 
 #define DOT__ALIGN 64       /* bytes; every array starts on a cache line, */
 #define DOT__SLACK 128      /* and may be read this far beyond its end by a kernel that discards what it read there */
@@ -2522,6 +2539,20 @@ typedef struct dot__softmax {       /* over the middle of [outer][n][inner]; bac
     dot__array x, y, dy, dx;
 } dot__softmax;
 
+/* o = softmax(scale q k') v of each of `batch` sequences and `heads` heads. q, k, v: [batch][position][head][size], row[i] elements from
+   one position to the next; o and its gradient: [batch][query][head][value_size]. */
+typedef struct dot__attention {
+    dot_dtype dtype;
+    bool laned, causal;
+    int64_t batch, heads, queries, keys, size, value_size;
+    double scale;
+    int64_t row[3];
+    dot__array in[3], key_mask, o;              /* q, k, v */
+    dot__array statistics;                      /* [batch][head][query][2] doubles: greatest score, and sum of exp(score - greatest) */
+    dot__array dout, din[3];                    /* din: NULL where not wanted */
+    bool accumulate[3];
+} dot__attention;
+
 /* x seen as [sets][positions][groups][channels]; statistics of each (set, group); weight and bias are indexed by (group,
    channel). Layer, group and batch normalisation are three shapes of this. */
 typedef struct dot__norm {
@@ -2592,6 +2623,8 @@ typedef struct dot__backend {
     bool (*outer)(dot_context *ctx, dot__outer *job);
     void (*softmax)(dot_context *ctx, dot__softmax *job);
     void (*softmax_backward)(dot_context *ctx, dot__softmax *job);
+    bool (*attention)(dot_context *ctx, dot__attention *job);
+    bool (*attention_backward)(dot_context *ctx, dot__attention *job);
     void (*norm)(dot_context *ctx, dot__norm *job);
     bool (*norm_backward)(dot_context *ctx, dot__norm *job);
     void (*pool)(dot_context *ctx, dot__pool_job *job);
@@ -2771,6 +2804,23 @@ typedef struct dot__backend {
             for (; i < n; ++i) sum[i % 8] += (double)y[i]; \
         } \
         return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7])); \
+    } \
+    /* The softmax's gradient: p *= share, then dp = scale p (dp - delta). */ \
+    WORD_TARGET static void DOT__N(dot__score_row)(void *ps, void *dps, double share, double delta, double scale, int64_t n) \
+    { \
+        T *p = (T *)ps, *dp = (T *)dps; \
+        int64_t i = 0; \
+        V x, d; \
+        for (; i + WIDTH <= n; i += WIDTH) { \
+            memcpy(&x, p + i, sizeof x); \
+            memcpy(&d, dp + i, sizeof d); \
+            x = x * (T)share; \
+            d = x * (d - (T)delta) * (T)scale; \
+            memcpy(p + i, &x, sizeof x); \
+            memcpy(dp + i, &d, sizeof d); \
+        } \
+        LEAVE_VECTORS \
+        if (i < n) REST(dot__score_row)(p + i, dp + i, share, delta, scale, n - i); \
     }
 
 #define DOT__BINARY_FUNCTIONS(name, value, slope_a, slope_b) \
@@ -3185,6 +3235,7 @@ typedef struct dot__kernels {       /* one row for each instruction set and elem
     void (*sum_rows)(const void *x, int64_t rows, int64_t step, double *sum, int64_t n);  /* sum[j] += x[row * step + j] */
     double (*top)(const void *x, int64_t n);                                            /* greatest element */
     double (*exp_row)(const void *x, double top, void *y, int64_t n);                   /* y = exp(x - top); their sum */
+    void (*score_row)(void *p, void *dp, double share, double delta, double scale, int64_t n);
     void (*norm_sums)(const void *x, int64_t rows, int64_t step, int64_t n, const double *mean, bool apart, double *out);
     void (*norm_affine)(const void *x, void *y, int64_t rows, int64_t step, int64_t n, const double *mean, const double *rstd, bool apart,
                         const void *weight, const void *bias);
@@ -3499,7 +3550,7 @@ DOT__OUTER_AVX512(dot__outer_avx512_slim, 1, DOT__SLIM_START, DOT__SLIM_OUTER, D
 
 /* name, slim, rows, columns, outer_rows, and the functions */
 #define DOT__KERNEL_ROW(name, slim, rows, columns, outer_rows, tile, outer, S, V) \
-    { name, slim, rows, columns, outer_rows, tile, outer, dot__dot_##S, dot__sum_rows_##S, dot__top_##V, dot__exp_row_##V, dot__norm_sums_##V, \
+    { name, slim, rows, columns, outer_rows, tile, outer, dot__dot_##S, dot__sum_rows_##S, dot__top_##V, dot__exp_row_##V, dot__score_row_##V, dot__norm_sums_##V, \
       dot__norm_affine_##V, dot__norm_pairs_##V, dot__norm_back_##V, dot__maps_##V }
 #define DOT__PORTABLE_ROW(S) DOT__KERNEL_ROW("portable", NULL, DOT__PORTABLE_ROWS, DOT__PORTABLE_COLUMNS, DOT__PORTABLE_ROWS, dot__tile_##S, \
                                              dot__outer_##S, S, S)
@@ -4004,6 +4055,21 @@ static int64_t dot__tap_weight(const dot__rows *r, int tap)
 
 #define DOT__PACK_ROWS 16           /* k's packed together: a cache line of each column, where B is transposed */
 #define DOT__PACK(T, S) \
+static void dot__pack_panel_##S(const T *b, int64_t b_row, int64_t b_column, int64_t depth, int64_t n, int64_t width, T *to) \
+{                                       /* [k][column], n columns of them and then zeros */ \
+    for (int64_t k = 0, left; k < depth; k += DOT__PACK_ROWS, to += left * width) { \
+        left = dot__min(DOT__PACK_ROWS, depth - k); \
+        if (b_column == 1 && n == width) \
+            for (int64_t i = 0; i < left; ++i) memcpy(to + i * width, b + (k + i) * b_row, (size_t)width * sizeof(T)); \
+        else \
+            for (int64_t j = 0; j < width; ++j) { \
+                const T *column = b + k * b_row + dot__min(j, n - 1) * b_column; \
+                T *element = to + j; \
+                if (j < n) for (int64_t i = 0; i < left; ++i) element[i * width] = column[i * b_row]; \
+                else for (int64_t i = 0; i < left; ++i) element[i * width] = (T)0; \
+            } \
+    } \
+} \
 static void dot__pack_piece_##S(void *argument, int lane, int64_t piece) \
 { \
     dot__gemm_plan *plan = (dot__gemm_plan *)argument; \
@@ -4014,23 +4080,9 @@ static void dot__pack_piece_##S(void *argument, int lane, int64_t piece) \
     const T *from = (T *)dot__lane(job->b, lane) + batch * job->b_batch + panel * width * job->b_column; \
     for (int tap = 0; tap < taps; ++tap) { \
         const T *b = from + dot__tap_weight(&job->rows, tap); \
-        if (plan->narrow) {             /* [column][tap][k] */ \
-            for (int j = 0; j < n; ++j) \
-                for (int64_t k = 0; k < depth; ++k) to[(j * taps + tap) * depth + k] = b[k * job->b_row + j * job->b_column]; \
-            continue; \
-        } \
-        for (int64_t k = 0, left; k < depth; k += DOT__PACK_ROWS, to += left * width) { \
-            left = dot__min(DOT__PACK_ROWS, depth - k); \
-            if (job->b_column == 1 && n == width) \
-                for (int64_t i = 0; i < left; ++i) memcpy(to + i * width, b + (k + i) * job->b_row, (size_t)width * sizeof(T)); \
-            else \
-                for (int64_t j = 0; j < width; ++j) { \
-                    const T *column = b + k * job->b_row + dot__min(j, n - 1) * job->b_column; \
-                    T *element = to + j; \
-                    if (j < n) for (int64_t i = 0; i < left; ++i) element[i * width] = column[i * job->b_row]; \
-                    else for (int64_t i = 0; i < left; ++i) element[i * width] = (T)0; \
-                } \
-        } \
+        if (!plan->narrow) dot__pack_panel_##S(b, job->b_row, job->b_column, depth, n, width, to + tap * depth * width); \
+        else for (int j = 0; j < n; ++j)        /* [column][tap][k] */ \
+            for (int64_t k = 0; k < depth; ++k) to[(j * taps + tap) * depth + k] = b[k * job->b_row + j * job->b_column]; \
     } \
     if (job->bias.data) { \
         T *bias = (T *)(void *)(plan->bias + (size_t)lane * plan->bias_lane) + piece * width; \
@@ -4517,6 +4569,262 @@ static void dot__cpu_softmax_backward(dot_context *ctx, dot__softmax *job)
                   job->dtype == DOT_F32 ? dot__softmax_back_piece_f32 : dot__softmax_back_piece_f64, job);
 }
 
+/* ---- attention ----
+   A piece is one head of one sequence (and up to DOT__ATTENTION_QUERIES of its queries, forward). Keys come in blocks, which are packed
+   once for a piece; under each, rows of queries come in blocks whose scores fit the cache. Forward keeps for each query the
+   greatest score so far and the sum of exp(score - greatest), and shrinks what it has whenever a greater one comes. Backward makes the
+   probabilities p again from the two numbers; with delta = dout . o,  dv = p' dout,  e = scale p (dout v' - delta),  dq = e k,  dk = e' q. */
+
+#define DOT__ATTENTION_QUERIES 512
+#define DOT__FORWARD_KEYS 256
+#define DOT__FORWARD_ROWS 48
+#define DOT__BACKWARD_KEYS 64
+#define DOT__BACKWARD_ROWS 96
+
+typedef struct dot__attention_plan {
+    dot__attention *job;
+    const dot__kernels *score, *query, *value;  /* of blocks whose columns are keys, elements of q and k, and elements of v */
+    int64_t chunks;                             /* of queries, forward */
+    int64_t packed[3];                          /* where the packed k', v (v' backward), and k (backward) begin; the room of a piece */
+    int64_t room;
+    char *scratch;                              /* [lane][piece][room] elements */
+    double *delta;                              /* [lane][batch][head][query] */
+    int64_t pieces;
+} dot__attention_plan;
+
+/* A head of a sequence in one lane: rows of its arrays. */
+typedef struct dot__head {
+    int64_t batch, head, pair;                  /* pair: batch * heads + head */
+    const char *in[3], *dout;
+    char *o, *din[3];
+    const uint8_t *mask;
+    double *statistics;
+    size_t element;
+} dot__head;
+
+static dot__head dot__head_of(const dot__attention *job, int lane, int64_t pair)
+{
+    dot__head h;
+    int64_t size[3] = { job->size, job->size, job->value_size }, rows[3] = { job->queries, job->keys, job->keys };
+    memset(&h, 0, sizeof h);
+    h.pair = pair;
+    h.batch = pair / job->heads;
+    h.head = pair % job->heads;
+    h.element = dot_dtype_size(job->dtype);
+    for (int i = 0; i < 3; ++i) {
+        size_t at = (size_t)(h.batch * rows[i] * job->row[i] + h.head * size[i]) * h.element;
+        h.in[i] = (const char *)dot__lane(job->in[i], lane) + at;
+        h.din[i] = job->din[i].data ? (char *)dot__lane(job->din[i], lane) + at : NULL;
+    }
+    size_t at = (size_t)(h.batch * job->queries * job->heads + h.head) * (size_t)job->value_size * h.element;
+    h.o = (char *)dot__lane(job->o, lane) + at;
+    h.dout = job->dout.data ? (const char *)dot__lane(job->dout, lane) + at : NULL;
+    h.mask = job->key_mask.data ? (const uint8_t *)dot__lane(job->key_mask, lane) + h.batch * job->keys : NULL;
+    h.statistics = (double *)dot__lane(job->statistics, lane) + pair * job->queries * 2;
+    return h;
+}
+
+/* Packs a block: B[k][column] at b + k * b_row + column * b_column becomes panels of [k][column]. */
+static void dot__pack_block(const dot__kernels *kernel, dot_dtype dtype, const char *b, int64_t b_row, int64_t b_column, int64_t depth,
+                            int64_t columns, double scale, void *to)
+{
+    for (int64_t j = 0, width = kernel->columns; j < columns; j += width) {
+        int64_t n = dot__min(width, columns - j), at = j * depth;
+        if (dtype == DOT_F32) {
+            dot__pack_panel_f32((const float *)(const void *)b + j * b_column, b_row, b_column, depth, n, width, (float *)to + at);
+            for (int64_t i = 0; i < depth * width && scale != 1; ++i) ((float *)to)[at + i] *= (float)scale;
+        } else {
+            dot__pack_panel_f64((const double *)(const void *)b + j * b_column, b_row, b_column, depth, n, width, (double *)to + at);
+            for (int64_t i = 0; i < depth * width && scale != 1; ++i) ((double *)to)[at + i] *= scale;
+        }
+    }
+}
+
+/* C (+)= A B, B packed. */
+static void dot__block_product(const dot__kernels *kernel, size_t element, const char *a, int64_t a_row, int64_t rows, int64_t depth,
+                               const char *b, int64_t columns, char *c, int64_t c_row, bool accumulate)
+{
+    const void *from[DOT__MAX_ROWS];
+    void *to[DOT__MAX_ROWS];
+    dot__tile tile;
+    memset(&tile, 0, sizeof tile);
+    tile.taps = 1;
+    tile.depth = depth;
+    tile.accumulate = accumulate;
+    tile.a = from;
+    tile.c = to;
+    for (int64_t j = 0, width = kernel->columns; j < columns; j += width, b += (size_t)(depth * width) * element) {
+        tile.b = b;
+        tile.columns = (int)dot__min(width, columns - j);
+        for (int64_t i = 0; i < rows; i += kernel->rows) {
+            tile.rows = (int)dot__min(kernel->rows, rows - i);
+            for (int r = 0; r < kernel->rows; ++r) {
+                int64_t row = i + dot__min(r, tile.rows - 1);
+                from[r] = a + (size_t)(row * a_row) * element;
+                to[r] = c + (size_t)(row * c_row + j) * element;
+            }
+            kernel->tile(&tile);
+        }
+    }
+}
+
+/* W (+)= A' D, of `count` rows. */
+static void dot__block_outer(const dot__kernels *kernel, size_t element, const char *a, int64_t a_row, const char *d, int64_t d_row, int64_t count,
+                             int64_t rows, int64_t columns, char *w, int64_t w_row, bool accumulate)
+{
+    const void *a_rows[DOT__BACKWARD_ROWS], *d_rows[DOT__BACKWARD_ROWS];
+    dot__outer_tile tile;
+    for (int64_t i = 0; i < count; ++i) {
+        a_rows[i] = a + (size_t)(i * a_row) * element;
+        d_rows[i] = d + (size_t)(i * d_row) * element;
+    }
+    tile.count = count;
+    tile.a = a_rows;
+    tile.d = d_rows;
+    tile.accumulate = accumulate;
+    tile.w_row = w_row;
+    for (int64_t j = 0; j < columns; j += kernel->columns)
+        for (int64_t i = 0; i < rows; i += kernel->outer_rows) {
+            tile.a_at = i;
+            tile.d_at = j;
+            tile.rows = (int)dot__min(kernel->outer_rows, rows - i);
+            tile.columns = (int)dot__min(kernel->columns, columns - j);
+            tile.w = w + (size_t)(i * w_row + j) * element;
+            kernel->outer(&tile);
+        }
+}
+
+/* Of the keys from `first` on, how many query `query` sees; hidden ones among them get the score -infinity. */
+#define DOT__ATTENTION_PIECES(T, S) \
+static int64_t dot__seen_##S(const dot__attention *job, const dot__head *h, int64_t query, int64_t first, int64_t n, T *score) \
+{ \
+    n = job->causal ? dot__max(0, dot__min(n, query + 1 - first)) : n; \
+    for (int64_t j = 0; j < n && h->mask; ++j) if (!h->mask[first + j]) score[j] = -(T)INFINITY; \
+    return n; \
+} \
+/* Scores into exp(score - greatest), and what is there of o made to fit. */ \
+static void dot__attend_##S(const dot__attention_plan *plan, const dot__head *h, int64_t query, int64_t first, int64_t n, T *score, T *o) \
+{ \
+    const dot__attention *job = plan->job; \
+    double *top = h->statistics + 2 * query, *sum = top + 1, old = *top, shrink; \
+    int64_t seen = dot__seen_##S(job, h, query, first, n, score); \
+    double most = seen ? plan->score->top(score, seen) : old; \
+    if (first > 0 && most <= old) most = old; \
+    *top = most; \
+    if (most == -(double)INFINITY) seen = 0; \
+    shrink = first == 0 ? 0 : most == old ? 1 : exp(old - most); \
+    *sum = *sum * shrink + (seen ? plan->score->exp_row(score, most, score, seen) : 0); \
+    for (int64_t j = seen; j < n; ++j) score[j] = (T)0; \
+    for (int64_t j = 0; j < job->value_size && first > 0 && shrink != 1; ++j) o[j] *= (T)shrink; \
+} \
+static void dot__attention_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__attention_plan *plan = (dot__attention_plan *)argument; \
+    const dot__attention *job = plan->job; \
+    dot__head h = dot__head_of(job, lane, piece / plan->chunks); \
+    int64_t begin = piece % plan->chunks * DOT__ATTENTION_QUERIES, end = dot__min(job->queries, begin + DOT__ATTENTION_QUERIES); \
+    int64_t n, rows, o_row = job->heads * job->value_size; \
+    T score[DOT__FORWARD_ROWS * DOT__FORWARD_KEYS], *packed = (T *)(void *)plan->scratch + (lane * plan->pieces + piece) * plan->room; \
+    T *k = packed + plan->packed[0], *v = packed + plan->packed[1], *o = (T *)(void *)h.o; \
+    for (int64_t q = begin; q < end; ++q) h.statistics[2 * q + 1] = 0; \
+    for (int64_t first = 0; first < job->keys && !(job->causal && first >= end); first += n) { \
+        n = dot__min(DOT__FORWARD_KEYS, job->keys - first); \
+        dot__pack_block(plan->score, job->dtype, h.in[1] + (size_t)(first * job->row[1]) * sizeof(T), 1, job->row[1], job->size, n, job->scale, k); \
+        dot__pack_block(plan->value, job->dtype, h.in[2] + (size_t)(first * job->row[2]) * sizeof(T), job->row[2], 1, n, job->value_size, 1, v); \
+        for (int64_t q = begin; q < end; q += rows) { \
+            rows = dot__min(DOT__FORWARD_ROWS, end - q); \
+            if (job->causal && first >= q + rows) continue; \
+            dot__block_product(plan->score, sizeof(T), h.in[0] + (size_t)(q * job->row[0]) * sizeof(T), job->row[0], rows, job->size, \
+                               (char *)k, n, (char *)score, DOT__FORWARD_KEYS, false); \
+            for (int64_t i = 0; i < rows; ++i) \
+                dot__attend_##S(plan, &h, q + i, first, n, score + i * DOT__FORWARD_KEYS, o + (q + i) * o_row); \
+            dot__block_product(plan->value, sizeof(T), (char *)score, DOT__FORWARD_KEYS, rows, n, (char *)v, job->value_size, \
+                               (char *)(o + q * o_row), o_row, first > 0); \
+        } \
+    } \
+    for (int64_t q = begin; q < end; ++q) { \
+        double sum = h.statistics[2 * q + 1]; \
+        T share = (T)(sum == 0 ? 0 : 1 / sum); \
+        for (int64_t j = 0; j < job->value_size; ++j) o[q * o_row + j] *= share; \
+    } \
+} \
+static void dot__attention_back_piece_##S(void *argument, int lane, int64_t piece) \
+{ \
+    dot__attention_plan *plan = (dot__attention_plan *)argument; \
+    const dot__attention *job = plan->job; \
+    dot__head h = dot__head_of(job, lane, piece); \
+    int64_t n, rows, o_row = job->heads * job->value_size; \
+    const T *o = (T *)(void *)h.o, *dout = (const T *)(const void *)h.dout; \
+    T p[DOT__BACKWARD_ROWS * DOT__BACKWARD_KEYS], e[DOT__BACKWARD_ROWS * DOT__BACKWARD_KEYS]; \
+    T *packed = (T *)(void *)plan->scratch + (lane * plan->pieces + piece) * plan->room; \
+    T *keys = packed + plan->packed[0], *values = packed + plan->packed[1], *k = packed + plan->packed[2]; \
+    double *delta = plan->delta + (lane * plan->pieces + piece) * job->queries; \
+    for (int64_t q = 0; q < job->queries; ++q) delta[q] = plan->score->dot(dout + q * o_row, o + q * o_row, job->value_size); \
+    for (int64_t first = 0; first < job->keys; first += n) { \
+        n = dot__min(DOT__BACKWARD_KEYS, job->keys - first); \
+        const char *key = h.in[1] + (size_t)(first * job->row[1]) * sizeof(T), *value = h.in[2] + (size_t)(first * job->row[2]) * sizeof(T); \
+        dot__pack_block(plan->score, job->dtype, key, 1, job->row[1], job->size, n, job->scale, keys); \
+        dot__pack_block(plan->score, job->dtype, value, 1, job->row[2], job->value_size, n, 1, values); \
+        dot__pack_block(plan->query, job->dtype, key, job->row[1], 1, n, job->size, 1, k); \
+        char *dk = h.din[1] ? h.din[1] + (size_t)(first * job->row[1]) * sizeof(T) : NULL; \
+        char *dv = h.din[2] ? h.din[2] + (size_t)(first * job->row[2]) * sizeof(T) : NULL; \
+        bool add[3] = { job->accumulate[0] || first > 0, job->accumulate[1], job->accumulate[2] }; \
+        for (int64_t q = 0; q < job->queries; q += rows) { \
+            rows = dot__min(DOT__BACKWARD_ROWS, job->queries - q); \
+            if (job->causal && first >= q + rows && q + rows < job->queries) continue;      /* the last block sets dk and dv, to 0 at least */ \
+            const char *query = h.in[0] + (size_t)(q * job->row[0]) * sizeof(T), *d = h.dout + (size_t)(q * o_row) * sizeof(T); \
+            dot__block_product(plan->score, sizeof(T), query, job->row[0], rows, job->size, (char *)keys, n, (char *)p, DOT__BACKWARD_KEYS, false); \
+            dot__block_product(plan->score, sizeof(T), d, o_row, rows, job->value_size, (char *)values, n, (char *)e, DOT__BACKWARD_KEYS, false); \
+            for (int64_t i = 0; i < rows; ++i) { \
+                T *p_row = p + i * DOT__BACKWARD_KEYS, *e_row = e + i * DOT__BACKWARD_KEYS; \
+                const double *statistics = h.statistics + 2 * (q + i); \
+                int64_t seen = statistics[1] == 0 ? 0 : dot__seen_##S(job, &h, q + i, first, n, p_row); \
+                if (seen) plan->score->exp_row(p_row, statistics[0], p_row, seen); \
+                if (seen) plan->score->score_row(p_row, e_row, 1 / statistics[1], delta[q + i], job->scale, seen); \
+                for (int64_t j = seen; j < n; ++j) p_row[j] = e_row[j] = (T)0; \
+            } \
+            if (dv) dot__block_outer(plan->value, sizeof(T), (char *)p, DOT__BACKWARD_KEYS, d, o_row, rows, n, job->value_size, dv, job->row[2], add[2]); \
+            if (dk) dot__block_outer(plan->query, sizeof(T), (char *)e, DOT__BACKWARD_KEYS, query, job->row[0], rows, n, job->size, dk, job->row[1], add[1]); \
+            if (h.din[0]) dot__block_product(plan->query, sizeof(T), (char *)e, DOT__BACKWARD_KEYS, rows, n, (char *)k, job->size, \
+                                             h.din[0] + (size_t)(q * job->row[0]) * sizeof(T), job->row[0], add[0]); \
+            add[1] = add[2] = true; \
+        } \
+    } \
+}
+DOT__ATTENTION_PIECES(float, f32)
+DOT__ATTENTION_PIECES(double, f64)
+
+static bool dot__run_attention(dot_context *ctx, dot__attention *job, bool backward)
+{
+    dot__attention_plan plan;
+    int64_t keys = dot__min(job->keys, backward ? DOT__BACKWARD_KEYS : DOT__FORWARD_KEYS), lanes = job->laned || backward ? ctx->lanes : 1;
+    memset(&plan, 0, sizeof plan);
+    plan.job = job;
+    plan.score = dot__kernel(ctx, job->dtype);
+    plan.query = dot__kernel_for(ctx, job->dtype, job->size);
+    plan.value = dot__kernel_for(ctx, job->dtype, job->value_size);
+    plan.chunks = backward ? 1 : dot__ceil_div(job->queries, DOT__ATTENTION_QUERIES);
+    plan.pieces = job->batch * job->heads * plan.chunks;
+    if (plan.pieces == 0 || job->queries == 0) return true;
+    int64_t key_columns = dot__round_up(keys, plan.score->columns);
+    plan.packed[1] = key_columns * job->size;
+    plan.packed[2] = plan.packed[1] + (backward ? key_columns * job->value_size : keys * dot__round_up(job->value_size, plan.value->columns));
+    plan.room = plan.packed[2] + (backward ? keys * dot__round_up(job->size, plan.query->columns) : 0);
+    dot__mark mark = dot__scratch_begin(ctx);
+    plan.scratch = (char *)dot__step_alloc(ctx, (size_t)(lanes * plan.pieces * plan.room) * dot_dtype_size(job->dtype));
+    plan.delta = (double *)dot__step_alloc(ctx, (size_t)(backward ? lanes * plan.pieces * job->queries : 0) * sizeof(double));
+    if (!plan.scratch || !plan.delta) return false;
+    if (job->dtype == DOT_F32)
+        dot__parallel(ctx, job->laned || backward, plan.pieces, backward ? dot__attention_back_piece_f32 : dot__attention_piece_f32, &plan);
+    else
+        dot__parallel(ctx, job->laned || backward, plan.pieces, backward ? dot__attention_back_piece_f64 : dot__attention_piece_f64, &plan);
+    dot__scratch_end(ctx, mark);
+    return true;
+}
+
+static bool dot__cpu_attention(dot_context *ctx, dot__attention *job)          { return dot__run_attention(ctx, job, false); }
+static bool dot__cpu_attention_backward(dot_context *ctx, dot__attention *job) { return dot__run_attention(ctx, job, true); }
+
 /* ---- normalisation: [sets][positions][groups][channels] ----
    A piece is some sets and a few groups side by side, so that batch normalisation (one set, one channel a group) reads whole cache
    lines and layer normalisation (one group) whole rows. Statistics in two passes over the data, in double. */
@@ -4968,7 +5276,8 @@ static void dot__cpu_entropy_backward(dot_context *ctx, dot__entropy *job)
 
 static const dot__backend dot__cpu = {
     "cpu", dot__cpu_fill, dot__cpu_map, dot__cpu_map_backward, dot__cpu_zip, dot__cpu_zip_backward, dot__cpu_copy, dot__cpu_reduce,
-    dot__cpu_gemm, dot__cpu_fold, dot__cpu_outer, dot__cpu_softmax, dot__cpu_softmax_backward, dot__cpu_norm, dot__cpu_norm_backward,
+    dot__cpu_gemm, dot__cpu_fold, dot__cpu_outer, dot__cpu_softmax, dot__cpu_softmax_backward,
+    dot__cpu_attention, dot__cpu_attention_backward, dot__cpu_norm, dot__cpu_norm_backward,
     dot__cpu_pool, dot__cpu_pool_backward, dot__cpu_gather, dot__cpu_gather_backward, dot__cpu_dropout,
     dot__cpu_loss, dot__cpu_loss_backward, dot__cpu_entropy, dot__cpu_entropy_backward,
 };
@@ -6215,6 +6524,142 @@ static dot_tensor *dot__softmax_op(const char *function, dot_tensor *x, int axis
 
 dot_tensor *dot_softmax(dot_tensor *x, int axis)     { return dot__softmax_op("dot_softmax", x, axis, false); }
 dot_tensor *dot_log_softmax(dot_tensor *x, int axis) { return dot__softmax_op("dot_log_softmax", x, axis, true); }
+
+/* ---- attention ---- */
+
+typedef struct dot__attention_node { dot__node node; dot__attention job; } dot__attention_node;
+
+dot_attention_options dot_attention_defaults(void)
+{
+    dot_attention_options o;
+    memset(&o, 0, sizeof o);
+    o.magic = DOT__MAGIC_ATTENTION;
+    o.heads = 1;
+    o.scale = (double)NAN;
+    return o;
+}
+
+/* q, k, v are parts of one tensor, or three, of which some may be the same: what goes into one place is added up there, from 0. */
+static bool dot__attention_backward(dot_context *ctx, dot__node *base)
+{
+    dot__attention job = ((dot__attention_node *)base)->job;
+    bool packed = !base->in[1];
+    for (int i = 0; i < 3; ++i) {
+        dot_tensor *t = base->in[packed ? 0 : i], *grad;
+        if (!dot__wants_grad(t)) continue;
+        bool again = !packed && (t == base->in[(i + 1) % 3] || t == base->in[(i + 2) % 3]);
+        if (packed && i > 0) job.accumulate[i] = job.accumulate[0];
+        else if (!dot__grad_target(t, &job.accumulate[i])) return false;
+        grad = t->grad;
+        job.din[i] = dot__array_of(grad);
+        if ((again || job.queries == 0) && !job.accumulate[i]) ctx->backend->fill(ctx, grad->dtype, true, job.din[i], grad->size, 0);
+        job.accumulate[i] = job.accumulate[i] || again;
+        if (packed) job.din[i].data += i * job.heads * job.size * (int64_t)dot_dtype_size(job.dtype);
+    }
+    job.dout = dot__array_of(base->out->grad);
+    return ctx->backend->attention_backward(ctx, &job);
+}
+
+static bool dot__attention_options_ok(const char *function, const dot_attention_options *o, const dot__attention *job, const dot_tensor *q)
+{
+    const dot_tensor *mask = o->key_mask;
+    if (o->magic != DOT__MAGIC_ATTENTION)
+        dot__fail(q->ctx, DOT_ERROR_ARGUMENT, "%s: options that dot_attention_defaults did not make", function);
+    else if (o->scale == o->scale && !dot__finite(o->scale))
+        dot__fail(q->ctx, DOT_ERROR_ARGUMENT, "%s: scale %g, expected a finite number, or NAN for 1 / sqrt(size)", function, o->scale);
+    else if (mask && mask->ctx != q->ctx)
+        dot__fail(q->ctx, DOT_ERROR_STATE, "%s: a key_mask of a different context", function);
+    else if (mask && !mask->persistent && mask->step_id != q->ctx->step_id)
+        dot__fail(q->ctx, DOT_ERROR_STATE, "%s: key_mask %s is of an earlier step; its memory has been taken back", function, DOT__SHAPE(mask));
+    else if (mask && mask->dtype != DOT_U8)
+        dot__fail(q->ctx, DOT_ERROR_DTYPE, "%s: key_mask of type %s, expected u8", function, dot__dtype_name(mask->dtype));
+    else if (mask && (mask->rank != 2 || mask->shape[0] != job->batch || mask->shape[1] != job->keys))
+        dot__fail(q->ctx, DOT_ERROR_SHAPE, "%s: key_mask %s, expected [" DOT__I64 "," DOT__I64 "]", function, DOT__SHAPE(mask),
+                  DOT__LL(job->batch), DOT__LL(job->keys));
+    else if (job->keys < 1 && job->queries > 0)
+        dot__fail(q->ctx, DOT_ERROR_SHAPE, "%s: no keys, expected 1 or more", function);
+    else return true;
+    return false;
+}
+
+static dot_tensor *dot__attention_op(const char *function, dot__attention *job, dot_tensor *const in[3], const dot_attention_options *o)
+{
+    dot_tensor *q = in[0], *mask = o->key_mask;
+    dot_context *ctx = q->ctx;
+    if (!dot__attention_options_ok(function, o, job, q)) return NULL;
+    bool laned = dot__laned(q) || (in[1] && (dot__laned(in[1]) || dot__laned(in[2]))) || (mask && dot__laned(mask));
+    int64_t shape[3] = { job->batch, job->queries, job->heads * job->value_size };
+    int64_t statistics[3] = { job->batch, job->heads, job->queries * 2 };
+    dot_tensor *y = dot__step_tensor(ctx, q->dtype, 3, shape, laned), *kept = dot__step_tensor(ctx, DOT_F64, 3, statistics, laned);
+    dot__attention_node *node;
+    if (!y || !kept || !dot__record(ctx, sizeof *node, dot__attention_backward, y, q, in[1], in[2], &node)) return NULL;
+    job->dtype = q->dtype;
+    job->laned = laned;
+    job->causal = o->causal;
+    job->scale = o->scale == o->scale ? o->scale : 1 / sqrt((double)job->size);
+    job->key_mask = dot__array_of(mask);
+    job->o = dot__array_of(y);
+    job->statistics = dot__array_of(kept);
+    if (node) node->job = *job;
+    return ctx->backend->attention(ctx, job) ? y : NULL;
+}
+
+static bool dot__heads_ok(const char *function, const dot_tensor *t, int64_t heads, int64_t parts)
+{
+    if (heads >= 1 && heads <= INT32_MAX && t->rank == 3 && t->shape[2] > 0 && t->shape[2] % (heads * parts) == 0) return true;
+    dot__fail(t->ctx, heads >= 1 && heads <= INT32_MAX ? DOT_ERROR_SHAPE : DOT_ERROR_ARGUMENT,
+              "%s: input %s for " DOT__I64 " heads, expected [N,T,C], C a multiple of " DOT__I64 " times the heads", function,
+              DOT__SHAPE(t), DOT__LL(heads), DOT__LL(parts));
+    return false;
+}
+
+dot_tensor *dot_attention(dot_tensor *q, dot_tensor *k, dot_tensor *v, const dot_attention_options *options)
+{
+    static const char *const f = "dot_attention";
+    dot_attention_options o = options ? *options : dot_attention_defaults();
+    dot_context *ctx = dot__enter(f, q, k);
+    dot_tensor *const in[3] = { q, k, v };
+    dot__attention job;
+    if (!ctx || !dot__enter(f, q, v)) return NULL;
+    for (int i = 0; i < 3; ++i)
+        if (!dot__heads_ok(f, in[i], o.heads, 1)) return NULL;
+    if (k->shape[0] != q->shape[0] || v->shape[0] != q->shape[0] || k->shape[2] != q->shape[2] || v->shape[1] != k->shape[1]) {
+        dot__fail(ctx, DOT_ERROR_SHAPE, "%s: q %s, k %s, v %s, expected [N,T,C], [N,S,C], [N,S,D]", f, DOT__SHAPE(q), DOT__SHAPE(k), DOT__SHAPE(v));
+        return NULL;
+    }
+    memset(&job, 0, sizeof job);
+    job.batch = q->shape[0];
+    job.heads = o.heads;
+    job.queries = q->shape[1];
+    job.keys = k->shape[1];
+    job.size = q->shape[2] / o.heads;
+    job.value_size = v->shape[2] / o.heads;
+    for (int i = 0; i < 3; ++i) {
+        job.row[i] = in[i]->shape[2];
+        job.in[i] = dot__array_of(in[i]);
+    }
+    return dot__attention_op(f, &job, in, &o);
+}
+
+dot_tensor *dot_self_attention(dot_tensor *qkv, const dot_attention_options *options)
+{
+    static const char *const f = "dot_self_attention";
+    dot_attention_options o = options ? *options : dot_attention_defaults();
+    dot_tensor *const in[3] = { qkv, NULL, NULL };
+    dot__attention job;
+    if (!dot__enter(f, qkv, qkv) || !dot__heads_ok(f, qkv, o.heads, 3)) return NULL;
+    memset(&job, 0, sizeof job);
+    job.batch = qkv->shape[0];
+    job.heads = o.heads;
+    job.queries = job.keys = qkv->shape[1];
+    job.size = job.value_size = qkv->shape[2] / 3 / o.heads;
+    for (int i = 0; i < 3; ++i) {
+        job.row[i] = qkv->shape[2];
+        job.in[i] = dot__array_of(qkv);
+        job.in[i].data += i * job.heads * job.size * (int64_t)dot_dtype_size(qkv->dtype);
+    }
+    return dot__attention_op(f, &job, in, &o);
+}
 
 /* ---- dropout ---- */
 

@@ -178,6 +178,39 @@ static dot_tensor *build_adaptive_avg_pool(const char *p, dot_tensor **in)
     return integers(p, "sizes", sizes) ? dot_adaptive_avg_pool(in[0], sizes) : NULL;
 }
 
+/* hidden=2,3: keys that the mask hides in every sequence. */
+static dot_attention_options attention_options(const char *p, const dot_tensor *k)
+{
+    dot_attention_options o = dot_attention_defaults();
+    int64_t hidden[DOT_MAX_RANK], shape[2] = { 0, 0 };
+    uint8_t seen[1024];
+    int count = integers(p, "hidden", hidden);
+    for (int i = 0; i < 2 && count; ++i)
+        shape[i] = dot_tensor_dim(k, i);
+    o.heads = integer(p, "heads", 1);
+    o.scale = number(p, "scale", o.scale);
+    o.causal = integer(p, "causal", 0) != 0;
+    memset(seen, 1, sizeof seen);
+    for (int i = 0; i < count && shape[0] * shape[1] <= COUNT(seen); ++i)
+        for (int64_t n = 0; n < shape[0]; ++n)
+            seen[n * shape[1] + hidden[i]] = 0;
+    if (count)
+        o.key_mask = dot_input(dot_tensor_context(k), DOT_U8, 2, shape, seen);
+    return o;
+}
+
+static dot_tensor *build_attention(const char *p, dot_tensor **in)
+{
+    dot_attention_options o = attention_options(p, in[1]);
+    return dot_attention(in[0], in[1], in[2], &o);
+}
+
+static dot_tensor *build_self_attention(const char *p, dot_tensor **in)
+{
+    dot_attention_options o = attention_options(p, in[0]);
+    return dot_self_attention(in[0], &o);
+}
+
 static dot_tensor *build_reshape(const char *p, dot_tensor **in)
 {
     int64_t shape[DOT_MAX_RANK];
@@ -230,7 +263,8 @@ static op_row ops[] = {
     UNARY(relu), GENERAL(leaky_relu), UNARY(gelu), UNARY(gelu_tanh), UNARY(silu), UNARY(sigmoid), UNARY(tanh),
     GENERAL(softplus), GENERAL(sum), GENERAL(mean), GENERAL(max), GENERAL(min), BINARY(matmul), GENERAL(linear),
     GENERAL(conv), GENERAL(conv_transpose), GENERAL(max_pool), GENERAL(avg_pool), GENERAL(adaptive_max_pool),
-    GENERAL(adaptive_avg_pool), GENERAL(softmax), GENERAL(log_softmax), GENERAL(dropout), GENERAL(layer_norm),
+    GENERAL(adaptive_avg_pool), GENERAL(softmax), GENERAL(log_softmax), GENERAL(attention), GENERAL(self_attention),
+    GENERAL(dropout), GENERAL(layer_norm),
     GENERAL(group_norm), GENERAL(batch_norm), BINARY(embedding), GENERAL(reshape), GENERAL(permute),
     GENERAL(concat), GENERAL(slice), GENERAL(pad), GENERAL(detach),
     BINARY(mse_loss), BINARY(rmse_loss), BINARY(l1_loss), GENERAL(huber_loss), BINARY(bce_with_logits_loss),
@@ -696,7 +730,7 @@ static const struct golden_file {
     { "conv3d", 50 }, { "conv_random", 130 }, { "conv_transpose1d", 70 }, { "conv_transpose2d", 130 },
     { "conv_transpose2d_output_padding", 150 }, { "conv_transpose2d_channels", 100 }, { "conv_transpose3d", 50 },
     { "conv_transpose_random", 130 }, { "autoencoder1", 2 }, { "autoencoder2", 2 }, { "pool", 250 },
-    { "long_products", 35 }, { "long_elements", 18 }, { "softmax", 40 }, { "norms", 150 }, { "shapes", 80 }, { "losses", 120 }
+    { "long_products", 35 }, { "long_elements", 18 }, { "softmax", 40 }, { "attention", 30 }, { "norms", 150 }, { "shapes", 80 }, { "losses", 120 }
 };
 
 static void test_file(void **state)
@@ -948,6 +982,15 @@ static const struct bad_call {
     { "op=adaptive_avg_pool sizes=0,1", "1x5x5x1", ON(DOT_ERROR_ARGUMENT), 0 },
     { "op=softmax axis=2", "2x3", ON(DOT_ERROR_ARGUMENT), 0 },
     { "op=softmax axis=-3", "2x3", ON(DOT_ERROR_ARGUMENT), 0 },
+    { "op=attention", "1x2x4 1x3x5 1x3x4", ON(DOT_ERROR_SHAPE), 0 },
+    { "op=attention", "1x2x4 2x3x4 1x3x4", ON(DOT_ERROR_SHAPE), 0 },
+    { "op=attention", "1x2x4 1x3x4 1x4x4", ON(DOT_ERROR_SHAPE), 0 },
+    { "op=attention", "1x2x4 1x0x4 1x0x4", ON(DOT_ERROR_SHAPE), 0 },
+    { "op=attention", "2x4 2x4 2x4", ON(DOT_ERROR_SHAPE), 0 },
+    { "op=attention heads=3", "1x2x4 1x3x4 1x3x4", ON(DOT_ERROR_SHAPE), 0 },
+    { "op=attention heads=0", "1x2x4 1x3x4 1x3x4", ON(DOT_ERROR_ARGUMENT), 0 },
+    { "op=attention scale=inf", "1x2x4 1x3x4 1x3x4", ON(DOT_ERROR_ARGUMENT), 0 },
+    { "op=self_attention heads=2", "1x2x9", ON(DOT_ERROR_SHAPE), 0 },
     { "op=layer_norm axes=3", "2x3", MISFIT, 0 },
     { "op=layer_norm axes=0", "2x3", MISFIT, 0 },
     { "op=layer_norm", "2x3 2", ON(DOT_ERROR_SHAPE), 0 },

@@ -75,19 +75,13 @@ static dot_layer *net_block(dot_context *ctx, const char *kind, dot_forward_func
     return layer;
 }
 
-enum { NET_SEQUENCE = 256, NET_WIDTH = 256, NET_HEADS = 8, NET_HEAD = NET_WIDTH / NET_HEADS, NET_BLOCKS = 6, NET_FEED = 1024 };
+enum { NET_SEQUENCE = 256, NET_WIDTH = 256, NET_HEADS = 8, NET_BLOCKS = 6, NET_FEED = 1024 };
 
-/* The library has no attention: here it is of products, a softmax and permutations. x [N, T, C] */
 static dot_tensor *net_attention(dot_layer *in, dot_layer *out, dot_tensor *x)
 {
-    const int64_t n = dot_tensor_dim(x, 0), t = dot_tensor_dim(x, 1);
-    const int64_t split[5] = { n, t, 3, NET_HEADS, NET_HEAD }, joined[3] = { n, t, NET_WIDTH }, plane[4] = { n, NET_HEADS, t, NET_HEAD };
-    static const int by_head[5] = { 2, 0, 3, 1, 4 }, transposed[4] = { 0, 1, 3, 2 }, by_place[4] = { 0, 2, 1, 3 };
-    dot_tensor *all = dot_permute(dot_reshape(dot_forward(in, x), 5, split), by_head), *part[3];
-    for (int i = 0; i < 3; ++i) part[i] = dot_reshape(dot_slice(all, 0, i, i + 1), 4, plane);
-    dot_tensor *scores = dot_matmul(dot_mul_scalar(part[0], 1 / sqrt((double)NET_HEAD)), dot_permute(part[1], transposed));
-    dot_tensor *heads = dot_matmul(dot_softmax(scores, -1), part[2]);
-    return dot_forward(out, dot_reshape(dot_permute(heads, by_place), 3, joined));
+    dot_attention_options o = dot_attention_defaults();
+    o.heads = NET_HEADS;
+    return dot_forward(out, dot_self_attention(dot_forward(in, x), &o));
 }
 
 static dot_tensor *net_encoder_forward(void *user, dot_layer *layer, dot_tensor *x)

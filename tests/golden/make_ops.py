@@ -670,6 +670,40 @@ def make_softmax():
             family.add(op, lambda t, a=axis: f(t, a), [quantised(rows)], axis=axis, fd=0)
 
 
+def attended(q, k, v, heads, scale=None, causal=0, hidden=()):
+    """torch's own attention, of heads that lie behind one another in the last axis."""
+    q, k, v = (t.reshape(t.shape[0], t.shape[1], heads, t.shape[2] // heads).transpose(1, 2) for t in (q, k, v))
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+    mask = torch.tril(mask) if causal else mask
+    mask[:, list(hidden)] = False
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return torch.nan_to_num(out, nan=0.0).transpose(1, 2).flatten(2)
+
+
+def make_attention():
+    family = Family("attention")
+    for n, t, s, heads, d, e, more in (
+            (2, 5, 7, 1, 3, 4, {}), (1, 1, 1, 2, 1, 1, {}), (2, 6, 6, 3, 5, 5, dict(causal=1)), (1, 9, 4, 2, 8, 16, dict(causal=1)),
+            (1, 4, 9, 2, 4, 3, dict(causal=1)), (2, 7, 10, 2, 16, 16, dict(hidden=(0, 3, 9))), (1, 6, 6, 2, 8, 8, dict(causal=1, hidden=(2, 3))),
+            (2, 13, 11, 2, 33, 17, dict(scale=0.3)), (1, 50, 65, 2, 32, 32, {}), (1, 100, 64, 1, 64, 20, {}), (0, 3, 4, 2, 4, 4, {}),
+            (2, 0, 4, 2, 4, 4, {}), (1, 3, 300, 1, 6, 6, {}), (1, 2, 513, 2, 4, 4, dict(scale=2.0)), (1, 530, 5, 1, 3, 2, {}),
+            (1, 110, 110, 1, 8, 8, dict(causal=1)), (1, 20, 270, 1, 8, 8, dict(causal=1)), (1, 97, 130, 1, 8, 40, dict(hidden=(64, 65, 129)))):
+        rng = family.rng()
+        args = [uniform(rng, (n, t, heads * d)), uniform(rng, (n, s, heads * d)), uniform(rng, (n, s, heads * e))]
+        family.add("attention", lambda q, k, v, h=heads, m=more: attended(q, k, v, h, **m), args, heads=heads, **more)
+    for shared in ((0,), (1,), (2,), (0, 1), (1, 2)):
+        rng = family.rng()
+        args = [uniform(rng, (2, 5, 6)), uniform(rng, (2, 4, 6)), uniform(rng, (2, 4, 8))]
+        family.add("attention", lambda q, k, v: attended(q, k, v, 2), args, shared=shared, heads=2)
+    x = uniform(family.rng(), (2, 5, 6))
+    family.add("attention", lambda q, k, v: attended(q, q, v, 2), [x, None, uniform(family.rng("v"), (2, 5, 4))], same=1, heads=2)
+    steep = uniform(family.rng(), (1, 6, 8))
+    family.add("attention", lambda q, k, v: attended(q, k, v, 1), [quantised(steep), quantised(steep[:, ::-1]), quantised(steep)], heads=1)
+    for n, t, heads, d, more in ((2, 5, 1, 3, {}), (1, 33, 4, 16, {}), (3, 8, 2, 32, dict(causal=1)), (1, 70, 3, 5, {}), (2, 12, 2, 8, dict(hidden=(1, 11)))):
+        family.add("self_attention", lambda x, h=heads, m=more: attended(*x.chunk(3, 2), h, **m),
+                   [uniform(family.rng(), (n, t, 3 * heads * d))], heads=heads, **more)
+
+
 def make_norms():
     family = Family("layer_norm", "norms")
     for shape, axes in (((4, 5), 1), ((3, 4, 5), 1), ((3, 4, 5), 2), ((3, 4, 5), 3), ((2, 33), 1), ((5, 17), 1), ((3, 64), 1),
@@ -816,6 +850,7 @@ def main():
     make_long()
     make_pool()
     make_softmax()
+    make_attention()
     make_norms()
     make_shapes()
     make_losses()
