@@ -2648,6 +2648,155 @@ typedef struct dot__backend {
 #define DOT__PASTE2(a, b) a##_##b
 #define DOT__N(name) DOT__PASTE(name, DOT__S)
 
+/* What is written in the words T, V, ABS, IF_POSITIVE, ... is compiled once for each DOT__S: f32 and f64 for numbers, avx2 and avx512 for
+   vectors of 8 and 16 floats. A word means DOT__word_S of the table that follows.
+     T V U           an element; what is computed at once: one, or a vector; its bits
+     D H             as many doubles as half of V has room for, and as many floats
+     IF_POSITIVE     (x, then, otherwise)
+     MAX, MIN        (x, limit): NaN stays NaN
+     ADD_UP          adds the elements of x to sum[at], sum[at + 1], ... of eight
+     REST            the function for what is left over of less than a vector */
+#define DOT__WORD(name) DOT__PASTE(DOT__##name, DOT__S)
+
+#define DOT__T_f32 float
+#define DOT__V_f32 float
+#define DOT__U_f32 uint32_t
+#define DOT__D_f32 double
+#define DOT__H_f32 float
+#define DOT__WIDTH_f32 1
+#define DOT__DOUBLES_WIDTH_f32 1
+#define DOT__WORD_TARGET_f32
+#define DOT__REST_OF_f32 f32
+#define DOT__LEAVE_VECTORS_f32
+#define DOT__ZERO_f32 0.0f
+#define DOT__BITS_f32(x) dot__bits(x)
+#define DOT__FLOAT_f32(i) dot__float(i)
+#define DOT__COUNT_f32(i) ((float)(i))
+#define DOT__DOUBLES_f32(v) ((double)(v))
+#define DOT__SINGLES_f32(d) ((float)(d))
+#define DOT__ADD_UP_f32(sum, at, x) sum[at] += (double)(x);
+#define DOT__IF_POSITIVE_f32(x, then, otherwise) ((x) > 0 ? (float)(then) : (float)(otherwise))
+#define DOT__MAX_f32(x, least) ((x) < (least) ? (float)(least) : (x))
+#define DOT__MIN_f32(x, most) ((x) > (most) ? (float)(most) : (x))
+#define DOT__ABS_f32(x) fabsf(x)
+#define DOT__ROOT_f32(x) sqrtf(x)
+#define DOT__POWER_f32(x, p) powf(x, p)
+#define DOT__EXP_f32(x) dot__exp_f32(x, 0.0f)
+#define DOT__LOG_f32(x) dot__log_f32(x)
+#define DOT__LOG1P_f32(x) dot__log1p_f32(x)
+#define DOT__TANH_f32(x) dot__tanh_f32(x)
+#define DOT__ERFC_f32(x) dot__erfc_f32(x)
+
+#define DOT__T_f64 double
+#define DOT__V_f64 double
+#define DOT__D_f64 double
+#define DOT__H_f64 double
+#define DOT__WIDTH_f64 1
+#define DOT__DOUBLES_WIDTH_f64 1
+#define DOT__WORD_TARGET_f64
+#define DOT__RULE_TARGET_f64
+#define DOT__REST_OF_f64 f64
+#define DOT__LEAVE_VECTORS_f64
+#define DOT__DOUBLES_f64(v) (v)
+#define DOT__SINGLES_f64(d) (d)
+#define DOT__ADD_UP_f64(sum, at, x) sum[at] += (x);
+#define DOT__IF_POSITIVE_f64(x, then, otherwise) ((x) > 0 ? (double)(then) : (double)(otherwise))
+#define DOT__MAX_f64(x, least) ((x) < (least) ? (double)(least) : (x))
+#define DOT__MIN_f64(x, most) ((x) > (most) ? (double)(most) : (x))
+#define DOT__ABS_f64(x) fabs(x)
+#define DOT__ROOT_f64(x) sqrt(x)
+#define DOT__CBRT_f64(x) cbrt(x)
+#define DOT__POWER_f64(x, p) ((p) == 1 ? (x) : pow(x, p))
+#define DOT__EXP_f64(x) exp(x)
+#define DOT__LOG_f64(x) log(x)
+#define DOT__LOG1P_f64(x) log1p(x)
+#define DOT__TANH_f64(x) tanh(x)
+#define DOT__ERFC_f64(x) erfc(x)
+#define DOT__ATAN2_f64(y, x) atan2(y, x)
+
+#ifdef DOT__AVX2
+typedef float dot__float4 __attribute__((vector_size(16)));
+typedef float dot__float8 __attribute__((vector_size(32)));
+typedef float dot__float16 __attribute__((vector_size(64)));
+typedef uint32_t dot__word8 __attribute__((vector_size(32)));
+typedef uint32_t dot__word16 __attribute__((vector_size(64)));
+typedef double dot__double4 __attribute__((vector_size(32)));
+typedef double dot__double8 __attribute__((vector_size(64)));
+
+#define DOT__T_avx2 float
+#define DOT__V_avx2 dot__float8
+#define DOT__U_avx2 dot__word8
+#define DOT__D_avx2 dot__double4
+#define DOT__H_avx2 dot__float4
+#define DOT__WIDTH_avx2 8
+#define DOT__DOUBLES_WIDTH_avx2 4
+#define DOT__WORD_TARGET_avx2 __attribute__((target("avx2")))   /* without fused multiplication and addition: the same bits as f32 */
+#define DOT__RULE_TARGET_avx2 DOT__TARGET_AVX2
+#define DOT__REST_OF_avx2 f32
+#define DOT__LEAVE_VECTORS_avx2 _mm256_zeroupper();             /* compilers forget it before a call that is a jump, and scalar code then crawls */
+#define DOT__ZERO_avx2 ((dot__float8)_mm256_setzero_ps())
+#define DOT__M_avx2(x) ((__m256)((x) - DOT__ZERO_avx2))         /* of a vector, or of a number */
+#define DOT__BITS_avx2(x) ((dot__word8)(x))
+#define DOT__FLOAT_avx2(i) ((dot__float8)(i))
+#define DOT__COUNT_avx2(i) ((dot__float8)_mm256_cvtepi32_ps((__m256i)(i)))
+#define DOT__DOUBLES_avx2(v) ((dot__double4)_mm256_cvtps_pd((__m128)(v)))
+#define DOT__SINGLES_avx2(d) ((dot__float4)_mm256_cvtpd_ps((__m256d)(d)))
+#define DOT__ADD_HALF_avx2(sum, half) _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), _mm256_cvtps_pd(half)));
+#define DOT__ADD_UP_avx2(sum, at, x) \
+    DOT__ADD_HALF_avx2(sum, _mm256_castps256_ps128((__m256)(x))) DOT__ADD_HALF_avx2(sum + 4, _mm256_extractf128_ps((__m256)(x), 1))
+#define DOT__IF_POSITIVE_avx2(x, then, otherwise) ((dot__float8)_mm256_blendv_ps( \
+    DOT__M_avx2(otherwise), DOT__M_avx2(then), _mm256_cmp_ps(DOT__M_avx2(x), _mm256_setzero_ps(), _CMP_GT_OQ)))
+#define DOT__MAX_avx2(x, least) ((dot__float8)_mm256_max_ps(DOT__M_avx2(least), DOT__M_avx2(x)))
+#define DOT__MIN_avx2(x, most) ((dot__float8)_mm256_min_ps(DOT__M_avx2(most), DOT__M_avx2(x)))
+#define DOT__ABS_avx2(x) ((dot__float8)_mm256_andnot_ps(_mm256_set1_ps(-0.0f), DOT__M_avx2(x)))
+#define DOT__ROOT_avx2(x) ((dot__float8)_mm256_sqrt_ps(DOT__M_avx2(x)))
+#define DOT__CBRT_avx2(x) dot__cbrt_avx2(x)
+#define DOT__POWER_avx2(x, p) ((p) == 1 ? (x) : dot__power_avx2(x, p))
+#define DOT__EXP_avx2(x) dot__exp_avx2(x, DOT__ZERO_avx2)
+#define DOT__LOG_avx2(x) dot__log_avx2(x)
+#define DOT__LOG1P_avx2(x) dot__log1p_avx2(x)
+#define DOT__TANH_avx2(x) dot__tanh_avx2(x)
+#define DOT__ERFC_avx2(x) dot__erfc_avx2(x)
+#define DOT__ATAN2_avx2(y, x) dot__atan2_avx2(y, x)
+
+/* Intrinsics in their maskz form: the plain ones read what GCC's own headers leave uninitialised, and g++ warns. */
+#define DOT__T_avx512 float
+#define DOT__V_avx512 dot__float16
+#define DOT__U_avx512 dot__word16
+#define DOT__D_avx512 dot__double8
+#define DOT__H_avx512 dot__float8
+#define DOT__WIDTH_avx512 16
+#define DOT__DOUBLES_WIDTH_avx512 8
+#define DOT__WORD_TARGET_avx512 __attribute__((target("avx512f,avx2")))
+#define DOT__RULE_TARGET_avx512 DOT__TARGET_AVX512
+#define DOT__REST_OF_avx512 f32
+#define DOT__LEAVE_VECTORS_avx512 _mm256_zeroupper();
+#define DOT__ZERO_avx512 ((dot__float16)_mm512_setzero_ps())
+#define DOT__M_avx512(x) ((__m512)((x) - DOT__ZERO_avx512))
+#define DOT__BITS_avx512(x) ((dot__word16)(x))
+#define DOT__FLOAT_avx512(i) ((dot__float16)(i))
+#define DOT__COUNT_avx512(i) ((dot__float16)_mm512_maskz_cvtepi32_ps(0xffff, (__m512i)(i)))
+#define DOT__DOUBLES_avx512(v) ((dot__double8)_mm512_maskz_cvtps_pd(0xff, (__m256)(v)))
+#define DOT__SINGLES_avx512(d) ((dot__float8)_mm512_maskz_cvtpd_ps(0xff, (__m512d)(d)))
+#define DOT__HALF_avx512(x, half) DOT__DOUBLES_avx512(_mm512_maskz_extractf64x4_pd(0xff, _mm512_castps_pd((__m512)(x)), half))
+#define DOT__ADD_UP_avx512(sum, at, x) \
+    _mm512_storeu_pd(sum, (__m512d)((dot__double8)_mm512_loadu_pd(sum) + DOT__HALF_avx512(x, 0) + DOT__HALF_avx512(x, 1)));
+#define DOT__IF_POSITIVE_avx512(x, then, otherwise) ((dot__float16)_mm512_mask_blend_ps( \
+    _mm512_cmp_ps_mask(DOT__M_avx512(x), _mm512_setzero_ps(), _CMP_GT_OQ), DOT__M_avx512(otherwise), DOT__M_avx512(then)))
+#define DOT__MAX_avx512(x, least) ((dot__float16)_mm512_maskz_max_ps(0xffff, DOT__M_avx512(least), DOT__M_avx512(x)))
+#define DOT__MIN_avx512(x, most) ((dot__float16)_mm512_maskz_min_ps(0xffff, DOT__M_avx512(most), DOT__M_avx512(x)))
+#define DOT__ABS_avx512(x) ((dot__float16)_mm512_abs_ps(DOT__M_avx512(x)))
+#define DOT__ROOT_avx512(x) ((dot__float16)_mm512_maskz_sqrt_ps(0xffff, DOT__M_avx512(x)))
+#define DOT__CBRT_avx512(x) dot__cbrt_avx512(x)
+#define DOT__POWER_avx512(x, p) ((p) == 1 ? (x) : dot__power_avx512(x, p))
+#define DOT__EXP_avx512(x) dot__exp_avx512(x, DOT__ZERO_avx512)
+#define DOT__LOG_avx512(x) dot__log_avx512(x)
+#define DOT__LOG1P_avx512(x) dot__log1p_avx512(x)
+#define DOT__TANH_avx512(x) dot__tanh_avx512(x)
+#define DOT__ERFC_avx512(x) dot__erfc_avx512(x)
+#define DOT__ATAN2_avx512(y, x) dot__atan2_avx512(y, x)
+#endif
+
 /* Functions of float, of a number or of eight side by side, by the same operations, hence to the same bits (unless the compiler is told
    to fuse multiplications and additions). Largest error found among 16 million numbers: exp 1 ulp, log 0.8, log1p of numbers >= 0 1.2,
    tanh 1.3, erfc 6. The methods are Cody and Waite's: an exact multiple of ln 2 is taken off, the rest goes into a polynomial; coefficients of
@@ -2677,7 +2826,7 @@ typedef struct dot__backend {
         V r = w * (0.24279078841f * w + 0.40000972152f) + z * (w * 0.28498786688f + 0.66666662693f), h = 0.5f * f * f; \
         V y = s * (h + r) + k * 9.0580006145e-6f - h + f + k * 6.9313812256e-1f; \
         y = IF_POSITIVE(x - 3.40282347e38f, x, y);                              /* infinity stays, */ \
-        return IF_POSITIVE(x, y, IF_POSITIVE(-x, (x - x) / (x - x), x - INFINITE));     /* log(-1) is NaN, log(0) -infinity */ \
+        return IF_POSITIVE(x, y, IF_POSITIVE(-x, (x - x) / (x - x), x - (T)INFINITY));     /* log(-1) is NaN, log(0) -infinity */ \
     } \
     WORD_TARGET DOT__INLINE V DOT__N(dot__log1p)(V x)     /* of numbers >= 0 */ \
     { \
@@ -3014,167 +3163,79 @@ typedef struct dot__map_row {
 DOT__INLINE uint32_t dot__bits(float x) { uint32_t i; memcpy(&i, &x, sizeof i); return i; }
 DOT__INLINE float dot__float(uint32_t i) { float x; memcpy(&x, &i, sizeof x); return x; }
 
-#define WORD_TARGET
-#define WIDTH 1
-#define D double
-#define H T
-#define DOUBLES_WIDTH 1
-#define DOUBLES(v) ((double)(v))
-#define ADD_UP(sum, at, x) sum[at] += (double)(x);
-#define SINGLES(d) ((T)(d))
-#define REST(function) DOT__N(function)         /* there is none */
-#define LEAVE_VECTORS
-#define IF_POSITIVE(x, then, otherwise) ((x) > 0 ? (then) : (otherwise))
-#define MAX(x, least) ((x) < (least) ? (least) : (x))
-#define MIN(x, most) ((x) > (most) ? (most) : (x))
+/* The words; defined until [9 optimizers], which writes its rules in them. */
+#define REST(function) DOT__PASTE(function, DOT__WORD(REST_OF))
+#define SIGN(x) (IF_POSITIVE(x, 1, 0) - IF_POSITIVE(-(x), 1, 0))
+#define T DOT__WORD(T)
+#define V DOT__WORD(V)
+#define U DOT__WORD(U)
+#define D DOT__WORD(D)
+#define H DOT__WORD(H)
+#define WIDTH DOT__WORD(WIDTH)
+#define DOUBLES_WIDTH DOT__WORD(DOUBLES_WIDTH)
+#define WORD_TARGET DOT__WORD(WORD_TARGET)
+#define RULE_TARGET DOT__WORD(RULE_TARGET)
+#define LEAVE_VECTORS DOT__WORD(LEAVE_VECTORS)
+#define ZERO DOT__WORD(ZERO)
+#define BITS DOT__WORD(BITS)
+#define FLOAT DOT__WORD(FLOAT)
+#define COUNT DOT__WORD(COUNT)
+#define DOUBLES DOT__WORD(DOUBLES)
+#define SINGLES DOT__WORD(SINGLES)
+#define ADD_UP DOT__WORD(ADD_UP)
+#define IF_POSITIVE DOT__WORD(IF_POSITIVE)
+#define MAX DOT__WORD(MAX)
+#define MIN DOT__WORD(MIN)
+#define ABS DOT__WORD(ABS)
+#define ROOT DOT__WORD(ROOT)
+#define CBRT DOT__WORD(CBRT)
+#define POWER DOT__WORD(POWER)
+#define EXP DOT__WORD(EXP)
+#define LOG DOT__WORD(LOG)
+#define LOG1P DOT__WORD(LOG1P)
+#define TANH DOT__WORD(TANH)
+#define ERFC DOT__WORD(ERFC)
+#define ATAN2 DOT__WORD(ATAN2)
 
-#define T float
-#define V float
-#define U uint32_t
 #define DOT__S f32
-#define BITS(x) dot__bits(x)
-#define FLOAT(i) dot__float(i)
-#define COUNT(i) ((float)(i))
-#define INFINITE ((float)INFINITY)
-#define ZERO 0.0f
-#define ABS(x) fabsf(x)
-#define ROOT(x) sqrtf(x)
-#define POWER(x, p) powf(x, p)
-#define EXP(x) dot__exp_f32(x, ZERO)
-#define LOG(x) dot__log_f32(x)
-#define LOG1P(x) dot__log1p_f32(x)
-#define TANH(x) dot__tanh_f32(x)
-#define ERFC(x) dot__erfc_f32(x)
 DOT__REAL_FUNCTIONS
 DOT__ELEMENTWISE
-#undef T
-#undef V
-#undef U
 #undef DOT__S
-#undef BITS
-#undef FLOAT
-#undef COUNT
-#undef INFINITE
-#undef ZERO
-#undef ABS
-#undef ROOT
-#undef POWER
-#undef EXP
-#undef LOG
-#undef LOG1P
-#undef TANH
-#undef ERFC
 
-#define T double
-#define V double
 #define DOT__S f64
-#define ABS(x) fabs(x)
-#define ROOT(x) sqrt(x)
-#define POWER(x, p) pow(x, p)
-#define EXP(x) exp(x)
-#define LOG(x) log(x)
-#define LOG1P(x) log1p(x)
-#define TANH(x) tanh(x)
-#define ERFC(x) erfc(x)
 DOT__ELEMENTWISE
-#undef T
-#undef V
 #undef DOT__S
-#undef ABS
-#undef ROOT
-#undef POWER
-#undef EXP
-#undef LOG
-#undef LOG1P
-#undef TANH
-#undef ERFC
-
-#undef WORD_TARGET
-#undef WIDTH
-#undef D
-#undef H
-#undef DOUBLES_WIDTH
-#undef DOUBLES
-#undef ADD_UP
-#undef SINGLES
-#undef REST
-#undef LEAVE_VECTORS
-#undef IF_POSITIVE
-#undef MAX
-#undef MIN
 
 #ifdef DOT__AVX2
-/* Without fused multiplication and addition: the same bits as above. */
-typedef float dot__float8 __attribute__((vector_size(32)));
-typedef uint32_t dot__word8 __attribute__((vector_size(32)));
-typedef float dot__float4 __attribute__((vector_size(16)));
-typedef double dot__double4 __attribute__((vector_size(32)));
-#define WORD_TARGET __attribute__((target("avx2")))
-#define WIDTH 8
-#define D dot__double4
-#define H dot__float4
-#define DOUBLES_WIDTH 4
-#define DOUBLES(v) ((D)_mm256_cvtps_pd((__m128)(v)))
-#define SINGLES(d) ((H)_mm256_cvtpd_ps((__m256d)(d)))
-#define ADD_UP(sum, at, x) \
-    _mm256_storeu_pd(sum, _mm256_add_pd(_mm256_loadu_pd(sum), _mm256_cvtps_pd(_mm256_castps256_ps128((__m256)(x))))); \
-    _mm256_storeu_pd(sum + 4, _mm256_add_pd(_mm256_loadu_pd(sum + 4), _mm256_cvtps_pd(_mm256_extractf128_ps((__m256)(x), 1))));
-#define REST(function) DOT__PASTE(function, f32)
-#define LEAVE_VECTORS _mm256_zeroupper();       /* compilers forget it before a call that is a jump, and scalar code then crawls */
-#define IF_POSITIVE(x, then, otherwise) \
-    ((V)_mm256_blendv_ps((__m256)(otherwise), (__m256)(then), _mm256_cmp_ps((__m256)(x), _mm256_setzero_ps(), _CMP_GT_OQ)))
-#define MAX(x, least) ((V)_mm256_max_ps(_mm256_set1_ps(least), (__m256)(x)))    /* NaN stays NaN */
-#define MIN(x, most) ((V)_mm256_min_ps(_mm256_set1_ps(most), (__m256)(x)))
-#define T float
-#define V dot__float8
-#define U dot__word8
+/* Functions that are a loop over the elements. */
+#define DOT__LOOP_FUNCTIONS \
+    WORD_TARGET DOT__INLINE V DOT__N(dot__cbrt)(V x)           { for (int j = 0; j < WIDTH; ++j) x[j] = cbrtf(x[j]); return x; } \
+    WORD_TARGET DOT__INLINE V DOT__N(dot__power)(V x, float p) { for (int j = 0; j < WIDTH; ++j) x[j] = powf(x[j], p); return x; } \
+    WORD_TARGET DOT__INLINE V DOT__N(dot__atan2)(V y, V x)     { for (int j = 0; j < WIDTH; ++j) y[j] = atan2f(y[j], x[j]); return y; }
+
 #define DOT__S avx2
-#define BITS(x) ((U)(x))
-#define FLOAT(i) ((V)(i))
-#define COUNT(i) ((V)_mm256_cvtepi32_ps((__m256i)(i)))
-#define INFINITE ((float)INFINITY)
-#define ZERO ((V)_mm256_setzero_ps())
-#define ABS(x) ((V)_mm256_andnot_ps(_mm256_set1_ps(-0.0f), (__m256)(x)))
-#define ROOT(x) ((V)_mm256_sqrt_ps((__m256)(x)))
-#define POWER(x, p) dot__power_avx2(x, p)
-#define EXP(x) dot__exp_avx2(x, ZERO)
-#define LOG(x) dot__log_avx2(x)
-#define LOG1P(x) dot__log1p_avx2(x)
-#define TANH(x) dot__tanh_avx2(x)
-#define ERFC(x) dot__erfc_avx2(x)
-WORD_TARGET static V dot__power_avx2(V x, float p) { for (int j = 0; j < 8; ++j) x[j] = powf(x[j], p); return x; }
+DOT__LOOP_FUNCTIONS
 DOT__REAL_FUNCTIONS
 DOT__MAPS
-#undef WORD_TARGET
-#undef WIDTH
-#undef D
-#undef H
-#undef DOUBLES_WIDTH
-#undef DOUBLES
-#undef ADD_UP
-#undef SINGLES
-#undef REST
-#undef LEAVE_VECTORS
-#undef IF_POSITIVE
-#undef MAX
-#undef MIN
-#undef T
-#undef V
-#undef U
 #undef DOT__S
-#undef BITS
-#undef FLOAT
-#undef COUNT
-#undef INFINITE
-#undef ZERO
-#undef ABS
-#undef ROOT
-#undef POWER
-#undef EXP
-#undef LOG
-#undef LOG1P
-#undef TANH
-#undef ERFC
+
+/* AVX-512 has its own fused multiplication and addition: compilers are told not to use it here. */
+#ifdef __clang__
+#pragma clang fp contract(off)
+#else
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=off")
+#endif
+#define DOT__S avx512
+DOT__LOOP_FUNCTIONS
+DOT__REAL_FUNCTIONS
+DOT__MAPS
+#undef DOT__S
+#ifdef __clang__
+#pragma clang fp contract(on)
+#else
+#pragma GCC pop_options
+#endif
 #endif
 
 /* Calls the float or the double version of a kernel. */
@@ -3565,9 +3626,9 @@ static const dot__kernels dot__kernels_avx2[2] = {
     DOT__KERNEL_ROW("avx2", NULL, 6, 16, 6, dot__tile_avx2, dot__outer_avx2, avx2, avx2), DOT__PORTABLE_ROW(f64),
 };
 static const dot__kernels dot__kernel_avx512_slim =
-    DOT__KERNEL_ROW("avx512", NULL, 12, 16, 8, dot__tile_avx512_slim, dot__outer_avx512_slim, avx2, avx2);
+    DOT__KERNEL_ROW("avx512", NULL, 12, 16, 8, dot__tile_avx512_slim, dot__outer_avx512_slim, avx2, avx512);
 static const dot__kernels dot__kernels_avx512[2] = {
-    DOT__KERNEL_ROW("avx512", &dot__kernel_avx512_slim, 12, 32, 8, dot__tile_avx512, dot__outer_avx512, avx2, avx2), DOT__PORTABLE_ROW(f64),
+    DOT__KERNEL_ROW("avx512", &dot__kernel_avx512_slim, 12, 32, 8, dot__tile_avx512, dot__outer_avx512, avx2, avx512), DOT__PORTABLE_ROW(f64),
 };
 #endif
 
@@ -8660,76 +8721,52 @@ static void dot__rule_prepare(dot__rule rule, dot__scalars *h, const dot__prepar
             for (int64_t j = 0; j < (int64_t)(sizeof(V) / sizeof(T)) && j < left; ++j) sums[k] += (double)q[k][j]; \
     }
 
-#define MAX(x, least) ((x) < (least) ? (T)(least) : (x))        /* NaN stays NaN */
-#define MIN(x, most) ((x) > (most) ? (T)(most) : (x))
-#define SIGN(x) ((T)(((x) > 0) - ((x) < 0)))
-#define IF_POSITIVE(x, then, otherwise) ((x) > 0 ? (T)(then) : (T)(otherwise))
-#define RULE_TARGET
-#define T double
-#define V double
 #define DOT__S f64
-#define ROOT(x) sqrt(x)
-#define CBRT(x) cbrt(x)
-#define EXP(x) exp(x)
-#define POWER(x, p) ((p) == 1 ? (x) : pow(x, p))
-#define ATAN2(y, x) atan2(y, x)
-#define ABS(x) fabs(x)
 DOT__COUNT_FUNCTION
 DOT__RULES(DOT__RULE_FUNCTION)
-#undef T
-#undef V
 #undef DOT__S
-#undef ROOT
-#undef CBRT
-#undef EXP
-#undef POWER
-#undef ATAN2
-#undef ABS
-#undef RULE_TARGET
-#undef MAX
-#undef MIN
-#undef SIGN
-#undef IF_POSITIVE
-
 #ifdef DOT__AVX2
-DOT__TARGET_AVX2 static dot__float8 dot__cbrt8(dot__float8 x) { for (int j = 0; j < 8; ++j) x[j] = cbrtf(x[j]); return x; }
-DOT__TARGET_AVX2 static dot__float8 dot__exp8(dot__float8 x) { for (int j = 0; j < 8; ++j) x[j] = expf(x[j]); return x; }
-DOT__TARGET_AVX2 static dot__float8 dot__pow8(dot__float8 x, float p) { for (int j = 0; j < 8; ++j) x[j] = powf(x[j], p); return x; }
-DOT__TARGET_AVX2 static dot__float8 dot__atan8(dot__float8 y, dot__float8 x) { for (int j = 0; j < 8; ++j) y[j] = atan2f(y[j], x[j]); return y; }
-#define T float
-#define V dot__float8
 #define DOT__S avx2
-#define RULE_TARGET DOT__TARGET_AVX2
-#define M(x) ((__m256)(zero + (x)))
-#define ROOT(x) ((V)_mm256_sqrt_ps(M(x)))
-#define CBRT(x) dot__cbrt8(x)
-#define EXP(x) dot__exp8(x)
-#define POWER(x, p) ((p) == 1 ? (x) : dot__pow8(x, p))
-#define ATAN2(y, x) dot__atan8(y, x)
-#define ABS(x) ((V)_mm256_andnot_ps(_mm256_set1_ps(-0.0f), M(x)))
-#define MAX(x, least) ((V)_mm256_max_ps(M(least), M(x)))
-#define MIN(x, most) ((V)_mm256_min_ps(M(most), M(x)))
-#define IF_POSITIVE(x, then, otherwise) \
-    ((V)_mm256_blendv_ps(M(otherwise), M(then), _mm256_cmp_ps(M(x), _mm256_setzero_ps(), _CMP_GT_OQ)))
-#define SIGN(x) (IF_POSITIVE(x, one, zero) - IF_POSITIVE(-(x), one, zero))
 DOT__COUNT_FUNCTION
 DOT__RULES(DOT__RULE_FUNCTION)
+#undef DOT__S
+#define DOT__S avx512
+DOT__COUNT_FUNCTION
+DOT__RULES(DOT__RULE_FUNCTION)
+#undef DOT__S
+#endif
+#undef REST
+#undef SIGN
 #undef T
 #undef V
-#undef DOT__S
+#undef U
+#undef D
+#undef H
+#undef WIDTH
+#undef DOUBLES_WIDTH
+#undef WORD_TARGET
 #undef RULE_TARGET
-#undef M
-#undef ROOT
-#undef CBRT
-#undef EXP
-#undef POWER
-#undef ATAN2
-#undef ABS
+#undef LEAVE_VECTORS
+#undef ZERO
+#undef BITS
+#undef FLOAT
+#undef COUNT
+#undef DOUBLES
+#undef SINGLES
+#undef ADD_UP
+#undef IF_POSITIVE
 #undef MAX
 #undef MIN
-#undef IF_POSITIVE
-#undef SIGN
-#endif
+#undef ABS
+#undef ROOT
+#undef CBRT
+#undef POWER
+#undef EXP
+#undef LOG
+#undef LOG1P
+#undef TANH
+#undef ERFC
+#undef ATAN2
 #undef DOT__GET
 #undef DOT__PUT
 
@@ -8740,16 +8777,18 @@ static const dot__rule_f64 dot__rules_f64[] = { DOT__RULES(DOT__RULE_ROW_F64) };
 typedef void (*dot__rule_f32)(float *, const float *, float *const *, int64_t, int64_t, const dot__scalars *, double *);
 #define DOT__RULE_ROW_AVX2(name, states, names, prepare, rule, measure) dot__rule_##name##_avx2,
 static const dot__rule_f32 dot__rules_avx2[] = { DOT__RULES(DOT__RULE_ROW_AVX2) };
+#define DOT__RULE_ROW_AVX512(name, states, names, prepare, rule, measure) dot__rule_##name##_avx512,
+static const dot__rule_f32 dot__rules_avx512[] = { DOT__RULES(DOT__RULE_ROW_AVX512) };
 #endif
 
 #ifdef DOT__AVX2
 /* Any number of elements: the rest of less than a vector goes through a buffer, so that every element is computed by the same
    instructions wherever it lies. */
-static void dot__rule_run_f32(dot__rule_f32 rule, float *w, const float *g, float *const *s, int64_t n, const dot__scalars *h, double *sums)
+static void dot__rule_run_f32(dot__rule_f32 rule, int64_t width, float *w, const float *g, float *const *s, int64_t n, const dot__scalars *h,
+                              double *sums)
 {
-    enum { LANES = 8 };
-    float buffer[DOT_MAX_STATES + 2][LANES] = { { 0 } }, *rest[DOT_MAX_STATES];
-    int64_t whole = n / LANES * LANES;
+    float buffer[DOT_MAX_STATES + 2][DOT__WIDTH_avx512] = { { 0 } }, *rest[DOT_MAX_STATES];
+    int64_t whole = n / width * width;
     size_t bytes = (size_t)(n - whole) * sizeof(float);
     if (whole) rule(w, g, s, whole, whole, h, sums);
     if (!bytes) return;
@@ -8759,7 +8798,7 @@ static void dot__rule_run_f32(dot__rule_f32 rule, float *w, const float *g, floa
         rest[i] = s[i] ? buffer[i + 2] : NULL;
         if (s[i]) memcpy(rest[i], s[i] + whole, bytes);
     }
-    rule(buffer[0], buffer[1], rest, LANES, n - whole, h, sums);
+    rule(buffer[0], buffer[1], rest, width, n - whole, h, sums);
     if (sums) return;
     memcpy(w + whole, buffer[0], bytes);
     for (int i = 0; i < DOT_MAX_STATES; ++i) if (s[i]) memcpy(s[i] + whole, rest[i], bytes);
@@ -9518,8 +9557,10 @@ static void dot__rule_range(const dot_optimizer *opt, const dot__slot *slot, int
 static void dot__rule_run(const dot_optimizer *opt, float *w, const float *g, float *const *s, int64_t n, const dot__scalars *h, double *sums)
 {
 #ifdef DOT__AVX2
-    if (dot__kernel(opt->ctx, DOT_F32) != &dot__kernels_portable[0]) {
-        dot__rule_run_f32(dot__rules_avx2[opt->rule], w, g, s, n, h, sums);
+    const dot__kernels *kernel = dot__kernel(opt->ctx, DOT_F32);
+    if (kernel != &dot__kernels_portable[0]) {
+        bool wide = kernel == &dot__kernels_avx512[0];
+        dot__rule_run_f32((wide ? dot__rules_avx512 : dot__rules_avx2)[opt->rule], wide ? DOT__WIDTH_avx512 : DOT__WIDTH_avx2, w, g, s, n, h, sums);
         return;
     }
 #endif
