@@ -4413,10 +4413,11 @@ typedef struct dot__outer_plan {
     char *partial;                  /* [lane][part][W], or NULL */
 } dot__outer_plan;
 
-#define DOT__OUTER_ROWS 96          /* rows whose pointers are made at a time */
-#define DOT__OUTER_K 64             /* most k's and columns of a piece */
-#define DOT__OUTER_COLUMNS 128
+#define DOT__OUTER_ROWS 64          /* rows whose pointers are made at a time */
+#define DOT__OUTER_BYTES 1024       /* most of a row of A, and of D, in a piece */
+#define DOT__OUTER_PATCH 64         /* most elements of a patch */
 #define DOT__FAR 1024               /* bytes between rows, from which on they compete for the same few lines of L1 and are copied together */
+#define DOT__COPY 16                /* bytes copied at a time: a little beyond the end, where nothing is yet, and nothing matters */
 
 /* The rows of one block that a tap reaches: padding contributes nothing and is left out. */
 static int64_t dot__outer_pointers(const dot__outer_plan *plan, dot__position at, int64_t rows, int tap, const char *a,
@@ -4437,22 +4438,31 @@ static int64_t dot__outer_pointers(const dot__outer_plan *plan, dot__position at
     return count;
 }
 
-/* Copies so many elements of each row to one place, and points there instead; skewed, so that columns spread over L1. */
-static void dot__outer_gather(const void **rows, int64_t count, int64_t elements, size_t element, void *to)
+/* Copies so many bytes of each row to `to`, as panels of [row][panel] of a tile's height or width, and points to the first panel instead.
+   Returns the bytes from one panel to the next. */
+static int64_t dot__outer_gather(const void **rows, int64_t count, int64_t bytes, int64_t panel, char *to)
 {
-    size_t bytes = (size_t)elements * element, step = (size_t)dot__round_up((int64_t)bytes, DOT__ALIGN) + DOT__ALIGN;
-    for (int64_t i = 0; i < count; ++i) rows[i] = memcpy((char *)to + (size_t)i * step, rows[i], bytes);
+    int64_t step = count * panel + DOT__COPY;
+    for (int64_t i = 0; i < count; ++i) {
+        const char *from = (const char *)rows[i];
+        char *row = to + i * panel;
+        rows[i] = row;
+        for (int64_t at = 0; at < bytes; at += panel, row += step)
+            for (int64_t c = 0; c < panel; c += DOT__COPY) memcpy(row + c, from + at + c, DOT__COPY);
+    }
+    return step;
 }
 
-/* W, of `height` k's and `width` columns. */
-static void dot__outer_tiles(const dot__outer_plan *plan, dot__outer_tile *tile, char *w, int64_t height, int64_t width)
+/* W, of `height` k's and `width` columns. a_step, d_step: elements from one panel to the next, or 0 where rows are whole. */
+static void dot__outer_tiles(const dot__outer_plan *plan, dot__outer_tile *tile, char *w, int64_t height, int64_t width, int64_t a_step,
+                             int64_t d_step)
 {
     size_t element = dot_dtype_size(plan->job->dtype);
     const dot__kernels *kernel = plan->kernel;
     for (int64_t j = 0; j < width; j += kernel->columns)        /* these columns of D stay in L1 for all of A's */
         for (int64_t k = 0; k < height; k += kernel->outer_rows) {
-            tile->a_at = k;
-            tile->d_at = j;
+            tile->a_at = a_step ? k / kernel->outer_rows * a_step : k;
+            tile->d_at = d_step ? j / kernel->columns * d_step : j;
             tile->rows = (int)dot__min(kernel->outer_rows, height - k);
             tile->columns = (int)dot__min(kernel->columns, width - j);
             tile->w = w + (size_t)(k * plan->job->w_row + j) * element;
@@ -4465,7 +4475,7 @@ static void dot__outer_piece(void *argument, int lane, int64_t piece)
     const dot__outer_plan *plan = (const dot__outer_plan *)argument;
     const dot__outer *job = plan->job;
     size_t element = dot_dtype_size(job->dtype);
-    int64_t column = piece % plan->column_pieces * plan->column_piece;
+    int64_t size = (int64_t)element, column = piece % plan->column_pieces * plan->column_piece;
     piece /= plan->column_pieces;
     int64_t k0 = piece % plan->k_pieces * plan->k_piece;
     piece /= plan->k_pieces;
@@ -4480,7 +4490,7 @@ static void dot__outer_piece(void *argument, int lane, int64_t piece)
     w += (size_t)(batch * job->w_batch + k0 * job->w_row + column) * element;
     const void *as[DOT__OUTER_ROWS], *ds[DOT__OUTER_ROWS];
     void *rows_of_d[DOT__OUTER_ROWS];
-    double patches[DOT__OUTER_ROWS * (DOT__OUTER_K + 8) + DOT__MAX_COLUMNS], columns[DOT__OUTER_ROWS * (DOT__OUTER_COLUMNS + 8) + DOT__MAX_COLUMNS];
+    double of_a[DOT__OUTER_ROWS * DOT__OUTER_BYTES / 8 + DOT__OUTER_BYTES], of_d[DOT__OUTER_ROWS * DOT__OUTER_BYTES / 8 + DOT__OUTER_BYTES];
     dot__outer_tile tile;
     tile.a = as;
     tile.w_row = job->w_row;
@@ -4492,19 +4502,19 @@ static void dot__outer_piece(void *argument, int lane, int64_t piece)
         tile.accumulate = r > first || (job->accumulate && !plan->partial);
         tile.d = ds;
         if (plan->patches) {
-            DOT__CALL(job->dtype, dot__patches, (&job->rows, at, rows, job->depth, a, patches));
+            DOT__CALL(job->dtype, dot__patches, (&job->rows, at, rows, job->depth, a, of_a));
             for (int64_t i = 0; i < rows; ++i) {
-                as[i] = (char *)patches + (size_t)(i * plan->depth + k0) * element;
+                as[i] = (char *)of_a + (size_t)(i * plan->depth + k0) * element;
                 ds[i] = rows_of_d[i];
             }
             tile.count = rows;
-            dot__outer_tiles(plan, &tile, w, height, width);
+            dot__outer_tiles(plan, &tile, w, height, width, 0, 0);
         } else
             for (int tap = tap0; tap < tap1; ++tap) {
                 tile.count = dot__outer_pointers(plan, at, rows, tap, a, rows_of_d, as, ds);
-                if (plan->far_a) dot__outer_gather(as, tile.count, height, element, patches);
-                if (plan->far_d) dot__outer_gather(ds, tile.count, width, element, columns);
-                dot__outer_tiles(plan, &tile, w + (size_t)dot__tap_weight(&job->rows, tap) * element, height, width);
+                int64_t a_step = !plan->far_a ? 0 : dot__outer_gather(as, tile.count, height * size, plan->kernel->outer_rows * size, (char *)of_a);
+                int64_t d_step = !plan->far_d ? 0 : dot__outer_gather(ds, tile.count, width * size, plan->kernel->columns * size, (char *)of_d);
+                dot__outer_tiles(plan, &tile, w + (size_t)dot__tap_weight(&job->rows, tap) * element, height, width, a_step / size, d_step / size);
             }
     }
 }
@@ -4535,16 +4545,17 @@ static void dot__outer_planning(dot_context *ctx, dot__outer_plan *plan, dot__ou
     plan->depth = job->depth;
     plan->elements = (size_t)(plan->taps * job->depth * job->columns * job->batch);
     /* Patches need the taps one behind the other in W, which holds when there is one group. */
-    plan->patches = plan->taps > 1 && plan->depth < 8 && plan->taps * plan->depth <= DOT__OUTER_K && job->batch == 1;
+    plan->patches = plan->taps > 1 && plan->depth < 8 && plan->taps * plan->depth <= DOT__OUTER_PATCH && job->batch == 1;
     if (plan->patches) { plan->depth *= plan->taps; plan->taps = 1; }
     bool split_rows = plan->rows >= 1024 && plan->elements <= 65536;
     plan->parts = split_rows ? 8 : 1;
     plan->part_rows = dot__ceil_div(plan->rows, plan->parts);
     plan->tap_pieces = split_rows ? 1 : plan->taps;
-    plan->k_piece = dot__min(plan->depth, DOT__OUTER_K);
-    plan->column_piece = dot__min(job->columns, DOT__OUTER_COLUMNS);
-    plan->far_a = job->depth * job->batch * (int64_t)dot_dtype_size(job->dtype) >= DOT__FAR;
-    plan->far_d = job->columns * job->batch * (int64_t)dot_dtype_size(job->dtype) >= DOT__FAR;
+    int64_t element = (int64_t)dot_dtype_size(job->dtype), most = DOT__OUTER_BYTES / element;
+    plan->k_piece = dot__min(plan->depth, most / plan->kernel->outer_rows * plan->kernel->outer_rows);
+    plan->column_piece = dot__min(job->columns, most);
+    plan->far_a = job->depth * job->batch * element >= DOT__FAR;
+    plan->far_d = job->columns * job->batch * element >= DOT__FAR;
     plan->k_pieces = dot__ceil_div(plan->depth, dot__max(1, plan->k_piece));
     plan->column_pieces = dot__ceil_div(job->columns, dot__max(1, plan->column_piece));
 }

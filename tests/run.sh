@@ -1,33 +1,18 @@
-#!/bin/sh
+#!/bin/bash
 # usage: tests/run.sh PROGRAM...
-# Runs the cmocka programs, shows their output, and ends with `N passed, N failed`.
-# A program that is missing, crashes, runs out of time, or reports fewer results
-# than it planned counts as failed. Programs not named test_* (the examples) need
-# only be there. TEST_TIMEOUT: seconds for each program.
+# Runs the cmocka programs, as many at a time as there are processors, shows the output of each when it
+# is done, and ends with `N passed, N failed`. A program that is missing, crashes, runs out of time, or
+# reports fewer results than it planned counts as failed. Programs not named test_* (the examples) need
+# only be there. TEST_TIMEOUT: seconds for each program; JOBS: how many at a time.
 limit=${TEST_TIMEOUT:-600}
-log=$(mktemp) || exit 1
-trap 'rm -f "$log"' EXIT
-trap 'exit 1' HUP INT TERM
-passed=0 failed=0
+jobs=${JOBS:-$(nproc 2>/dev/null || echo 2)}
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+trap 'kill $(jobs -p) 2>/dev/null; exit 1' HUP INT TERM
 
-[ $# -gt 0 ] || { echo "no tests"; failed=1; }
-for program; do
-    name=${program##*/}
-    if [ ! -x "$program" ]; then
-        echo "$name: did not build"
-        failed=$((failed + 1))
-        continue
-    fi
-    case $name in test_*) ;; *) continue ;; esac
-
-    echo "== $name"
-    CMOCKA_MESSAGE_OUTPUT=TAP timeout -k 10 "$limit" "$program" </dev/null >"$log" 2>&1
-    status=$?
-    cat "$log"
-
-    # Every planned test counts once: as passed, as skipped, or else as failed.
-    # shellcheck disable=SC2046
-    set -- $(awk -v status="$status" '
+# Every planned test counts once: as passed, as skipped, or else as failed.
+count() {
+    awk -v status="$1" '
         /^1\.\.[0-9]+/   { planned += substr($1, 4) }
         /^(not )?ok .*# *SKIP/ { skipped++; next }
         /^ok /           { passed++ }
@@ -37,10 +22,43 @@ for program; do
             if (failed < missing) failed = missing
             if (!failed && (status + 0 || !planned || missing)) failed = 1
             print passed + 0, failed + 0, skipped + 0
-        }' "$log")
-    echo "$name: $1 passed, $2 failed, $3 skipped, exit status $status"
-    passed=$((passed + $1)) failed=$((failed + $2))
-done
+        }' "$2"
+}
 
+# run PROGRAM NUMBER: its output, then a line of figures, which are left in a file of that number
+run() {
+    local name=${1##*/} log=$work/$2.log status passed failed skipped start=$SECONDS
+    CMOCKA_MESSAGE_OUTPUT=TAP timeout -k 10 "$limit" "$1" </dev/null >"$log" 2>&1
+    status=$?
+    read -r passed failed skipped < <(count "$status" "$log")
+    echo "$passed $failed" >"$work/$2.count"
+    {
+        echo "== $name"
+        cat "$log"
+        echo "$name: $passed passed, $failed failed, $skipped skipped, exit status $status, $((SECONDS - start)) s"
+    } >"$work/$2.text"
+    cat "$work/$2.text"         # in one piece
+}
+
+passed=0 failed=0 number=0
+[[ $# -gt 0 ]] || { echo "no tests"; failed=1; }
+for program; do
+    if [[ ! -x $program ]]; then
+        echo "${program##*/}: did not build"
+        failed=$((failed + 1))
+    elif [[ ${program##*/} == test_* ]]; then
+        while (($(jobs -rp | wc -l) >= jobs)); do wait -n; done
+        echo "0 1" >"$work/$number.count"       # until it is done
+        run "$program" "$number" &
+        number=$((number + 1))
+    fi
+done
+wait
+
+for file in "$work"/*.count; do
+    [[ -e $file ]] || continue
+    read -r p f <"$file"
+    passed=$((passed + p)) failed=$((failed + f))
+done
 echo "$passed passed, $failed failed"
-[ "$failed" = 0 ]
+[[ $failed == 0 ]]
