@@ -368,6 +368,9 @@ dot_layer *dot_nn_batch_norm(dot_context *ctx, int64_t channels);               
 dot_layer *dot_nn_layer_norm(dot_context *ctx, int64_t size);                       /* over the last axis, eps 1e-5 */
 dot_layer *dot_nn_group_norm(dot_context *ctx, int groups, int64_t channels);       /* eps 1e-5 */
 dot_layer *dot_nn_embedding(dot_context *ctx, int64_t rows, int64_t size);
+/* Self-attention over [N, T, size]: in_proj (size to 3 size), dot_self_attention, out_proj. torch.nn.MultiheadAttention, batch_first,
+   with its names and first weights (in_proj_weight Xavier uniform, biases 0). */
+dot_layer *dot_nn_multihead_attention(dot_context *ctx, int64_t size, int64_t heads);
 dot_layer *dot_nn_dropout(dot_context *ctx, double p);
 dot_layer *dot_nn_relu(dot_context *ctx);
 dot_layer *dot_nn_leaky_relu(dot_context *ctx, double slope);
@@ -7702,16 +7705,16 @@ static void dot__linear_layout(const dot_layer *l, dot__layout *weight, dot__lay
     for (int i = 0; i < 2; ++i) bias->axis[i] = 1 - i;
 }
 
-static dot_layer *dot__linear_new(dot_context *ctx, const char *function, int64_t in, int64_t out, bool with_bias)
+static dot_layer *dot__linear_new(dot_context *ctx, const char *function, const char *weight, const char *bias, int64_t in, int64_t out)
 {
     if (dot_ok(ctx) && (in < 1 || out < 1))
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: in " DOT__I64 ", out " DOT__I64 ", expected 1 or more", function, DOT__LL(in), DOT__LL(out));
     dot_layer *l = dot__layer_new(ctx, function, "linear", dot__linear_forward);
     if (!l) return NULL;
     int64_t shape[2] = { in, out };
-    dot__parameter *w = dot__add_parameter(l, function, "weight", DOT_KIND_WEIGHT, ctx->dtype, 2, shape), *b = NULL;
+    dot__parameter *w = dot__add_parameter(l, function, weight, DOT_KIND_WEIGHT, ctx->dtype, 2, shape), *b = NULL;
     dot__layout unused;
-    if (!w || (with_bias && !(b = dot__add_parameter(l, function, "bias", DOT_KIND_BIAS, ctx->dtype, 1, &out))))
+    if (!w || (bias && !(b = dot__add_parameter(l, function, bias, DOT_KIND_BIAS, ctx->dtype, 1, &out))))
         return dot__layer_abandon(l);
     l->in = in;
     l->out = out;
@@ -7725,8 +7728,40 @@ static dot_layer *dot__linear_new(dot_context *ctx, const char *function, int64_
     return l;
 }
 
-dot_layer *dot_nn_linear(dot_context *ctx, int64_t in, int64_t out) { return dot__linear_new(ctx, "dot_nn_linear", in, out, true); }
-dot_layer *dot_nn_linear_no_bias(dot_context *ctx, int64_t in, int64_t out) { return dot__linear_new(ctx, "dot_nn_linear_no_bias", in, out, false); }
+dot_layer *dot_nn_linear(dot_context *ctx, int64_t in, int64_t out) { return dot__linear_new(ctx, "dot_nn_linear", "weight", "bias", in, out); }
+dot_layer *dot_nn_linear_no_bias(dot_context *ctx, int64_t in, int64_t out) { return dot__linear_new(ctx, "dot_nn_linear_no_bias", "weight", NULL, in, out); }
+
+/* ---- attention ---- */
+
+static dot_tensor *dot__multihead_forward(dot_layer *l, dot_tensor *x, dot_activation act)
+{
+    dot_attention_options o = dot_attention_defaults();
+    (void)act;
+    o.heads = l->groups;
+    return dot_forward(l->children, dot_self_attention(dot_linear(x, l->weight, l->bias, DOT_NONE), &o));
+}
+
+dot_layer *dot_nn_multihead_attention(dot_context *ctx, int64_t size, int64_t heads)
+{
+    static const char *const f = "dot_nn_multihead_attention";
+    if (dot_ok(ctx) && (size < 1 || heads < 1 || heads > INT32_MAX || size % heads != 0))
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: size " DOT__I64 ", heads " DOT__I64 ", expected 1 or more, and a size that the heads divide", f,
+                  DOT__LL(size), DOT__LL(heads));
+    dot_layer *l = dot__linear_new(ctx, f, "in_proj_weight", "in_proj_bias", size, 3 * size);
+    if (!l) return NULL;
+    dot_layer *out = dot__linear_new(ctx, f, "weight", "bias", size, size);
+    if (!out || !dot_layer_add_child(l, "out_proj", out)) return dot__layer_abandon(l);
+    l->kind = "multihead_attention";
+    l->forward = dot__multihead_forward;
+    l->fuses = false;
+    l->groups = (int)heads;
+    bool good = dot_parameter_init(l, "in_proj_weight", DOT_INIT_XAVIER_UNIFORM, 1) && dot_parameter_init(l, "in_proj_bias", DOT_INIT_ZEROS, 1)
+             && dot_parameter_init(l, "out_proj.bias", DOT_INIT_ZEROS, 1);
+    l->parameters->draw_default = true;         /* the Xavier draw is this layer's default */
+    return good ? l : NULL;
+}
+
+/* ---- linear: flatten and unflatten beside it ---- */
 
 /* Changes how the features split, and keeps the weights what they are in PyTorch's order. */
 static bool dot__linear_split(dot_layer *l, int64_t in_channels, int64_t out_channels)

@@ -170,13 +170,13 @@ UNUSED static dot_layer *build_zoo(dot_context *ctx, zoo_scale *scale)
 
     dot_layer *sequence = dot_nn_sequential(ctx,                            /* [N, 8] tokens */
         dot_nn_embedding(ctx, ZOO_WORDS, 6), dot_nn_conv1d(ctx, 6, 8, &same),
-        dot_nn_group_norm(ctx, 2, 8), dot_nn_gelu(ctx),
+        dot_nn_group_norm(ctx, 2, 8), dot_nn_gelu(ctx), dot_nn_multihead_attention(ctx, 8, 2),
         dot_nn_conv_transpose1d(ctx, 8, 4, &twice), dot_nn_relu(ctx),       /* [N, 16, 4] */
         dot_nn_max_pool(ctx, NULL), dot_nn_flatten(ctx),                    /* [N, 32] */
         dot_nn_linear(ctx, 32, 32), dot_nn_batch_norm(ctx, 32), dot_nn_leaky_relu(ctx, 0.01), NULL);
     dot_layer *image = dot_nn_sequential(ctx,
         dot_nn_unflatten(ctx, 0, 4, 4, 2), dot_nn_conv2d(ctx, 2, 4, &same),
-        dot_nn_batch_norm(ctx, 4), dot_nn_silu(ctx), dot_nn_avg_pool(ctx, NULL),
+        dot_nn_batch_norm(ctx, 4), dot_nn_silu(ctx), dot_nn_avg_pool(ctx, NULL), dot_nn_adaptive_max_pool(ctx, 0, 2, 2),
         dot_nn_conv_transpose2d(ctx, 4, 2, &twice), dot_nn_sigmoid(ctx),    /* [N, 4, 4, 2] */
         dot_nn_flatten(ctx), dot_nn_linear_no_bias(ctx, 32, 32), dot_nn_tanh(ctx), NULL);
     dot_layer *volume = dot_nn_sequential(ctx,

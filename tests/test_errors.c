@@ -373,6 +373,9 @@ static void test_null_context(void **state)
     SILENT(dot_nn_flatten(NULL));
     SILENT(dot_nn_unflatten(NULL, 0, 0, 1, 1));
     SILENT(dot_nn_adaptive_max_pool(NULL, 0, 1, 1));
+    SILENT(dot_nn_multihead_attention(NULL, 4, 2));
+    SILENT(dot_attention(NULL, NULL, NULL, NULL));
+    SILENT(dot_self_attention(NULL, NULL));
     SILENT(dot_nn_adaptive_avg_pool(NULL, 0, 1, 1));
     SILENT(dot_nn_custom(NULL, "custom", zoo_scale_forward, NULL));
     SILENT(dot_optimizer_create(NULL, f->net, NULL));
@@ -1032,6 +1035,10 @@ static void test_layer_options(void **state)
     FAILS(ARGUMENT, "inf", dot_nn_leaky_relu(f->ctx, INFINITY));
     FAILS(ARGUMENT, "-1", dot_nn_unflatten(f->ctx, 0, 4, 4, -1));
     FAILS(ARGUMENT, "0", dot_nn_adaptive_max_pool(f->ctx, 0, 4, 0));
+    FAILS(ARGUMENT, "5", dot_nn_multihead_attention(f->ctx, 5, 2));
+    FAILS(ARGUMENT, "-1", dot_nn_multihead_attention(f->ctx, 4, -1));
+    FAILS(ARGUMENT, "0", dot_nn_multihead_attention(f->ctx, 0, 1));
+    FAILS(SIZES, BIG_TEXT, dot_nn_multihead_attention(f->ctx, BIG, 1));
     FAILS(ARGUMENT, "-3", dot_nn_adaptive_avg_pool(f->ctx, 0, -3, 4));
     FAILS(ARGUMENT, "2", dot_nn_adaptive_avg_pool(f->ctx, 2, 0, 4));
     FAILS(ARGUMENT, "-2", dot_nn_unflatten(f->ctx, -2, 4, 4, 1));

@@ -852,6 +852,75 @@ static void test_orthogonal(void **state)
     }
 }
 
+/* ---- attention as a layer -------------------------------------------------------------------------------------------- */
+
+static bool agrees(const char *name, const double *ours, double tolerance)
+{
+    int64_t count;
+    double *expected = golden(name, &count);
+    bool good = agree(name, ours, expected, NULL, count, tolerance, tolerance);
+    free(expected);
+    return good;
+}
+
+/* torch.nn.MultiheadAttention's names, shapes, output and gradients. */
+static void check_multihead_attention(dot_dtype dtype, double tolerance)
+{
+    static const int64_t shape[3] = { 2, 7, 12 };
+    static const char *const names[4] = { "in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias" };
+    dot_context *ctx = context_of(dtype, 0);
+    dot_layer *layer = dot_nn_multihead_attention(ctx, 12, 3);
+    require(ctx, layer && dot_layer_parameters(layer) == 4, "attention");
+    for (int i = 0; i < 4; ++i) {
+        dot_parameter_info info;
+        int64_t count;
+        double *values = golden(names[i], &count);
+        assert_true(dot_layer_parameter(layer, i, &info));
+        assert_string_equal(info.name, names[i]);
+        assert_int_equal(info.shape[0], i < 2 ? 36 : 12);
+        require(ctx, dot_parameter_set(layer, names[i], DOT_ALL, values, count), names[i]);
+        free(values);
+    }
+    int64_t count;
+    double *x = golden("x", &count), *upstream = golden("upstream", &count), ours[432];
+    dot_tensor *input = dot_requires_grad(dot_tensor_create(ctx, dtype, 3, shape), true), *weights = dot_tensor_create(ctx, dtype, 3, shape);
+    require(ctx, dot_tensor_set(input, DOT_ALL, x, count) && dot_tensor_set(weights, DOT_ALL, upstream, count), "input");
+    dot_step_begin(ctx);
+    dot_tensor *y = dot_forward(layer, input);
+    require(ctx, dot_backward(dot_sum(dot_mul(y, weights), DOT_ALL_AXES, false)), "backward");
+    bool good = dot_tensor_get(y, 0, ours, count) && agrees("y", ours, tolerance)
+             && dot_tensor_get(dot_tensor_grad(input), 0, ours, count) && agrees("gradient.x", ours, tolerance);
+    for (int i = 0; i < 4; ++i)
+        good = dot_parameter_grad(layer, names[i], 0, ours, i == 0 ? 432 : i == 1 ? 36 : i == 2 ? 144 : 12)
+            && agrees(join("gradient.", names[i], ""), ours, tolerance) && good;
+    assert_true(good);
+    free(x);
+    free(upstream);
+    dot_context_destroy(ctx);
+}
+
+static void test_multihead_attention(void **state)
+{
+    (void)state;
+    dot_safetensors *training = golden_file;
+    golden_file = dot_safetensors_open(golden_context, "tests/golden/layers.safetensors");
+    check_multihead_attention(DOT_F64, 1e-12);
+    check_multihead_attention(DOT_F32, 1e-5);
+    dot_safetensors_close(golden_file);
+    golden_file = training;
+    dot_context *ctx = context_of(DOT_F32, 2);
+    dot_layer *layer = dot_nn_multihead_attention(ctx, 100, 4);
+    assert_constant(layer, "in_proj_bias", 300, 0);
+    assert_constant(layer, "out_proj.bias", 100, 0);
+    double *w = values_of(layer, "in_proj_weight", 30000), most = 0;
+    for (int i = 0; i < 30000; ++i)
+        most = fmax(most, fabs(w[i]));
+    double bound = sqrt(6.0 / 400);             /* Xavier's, of which 30,000 draws reach more than 0.999 */
+    assert_true(most <= bound * (1 + 1e-6) && most > 0.999 * bound);
+    free(w);
+    dot_context_destroy(ctx);
+}
+
 /* ---- main ----------------------------------------------------------------------------------------------------------- */
 
 /* The tests below name each variant; the golden file lists them: both must be the same. */
@@ -881,6 +950,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_constant_initialisation),
         cmocka_unit_test(test_initialisation_seeds),
         cmocka_unit_test(test_orthogonal),
+        cmocka_unit_test(test_multihead_attention),
         cmocka_unit_test(test_autoencoder_parameters),
         cmocka_unit_test(test_state_bytes),
         cmocka_unit_test(test_save_load),
