@@ -189,8 +189,10 @@ size_t       dot_dtype_size(dot_dtype dtype);                   /* bytes of one 
 /* The elements of one lane, row-major; valid as long as the tensor. NULL for a NULL tensor or a bad lane. */
 void *dot_tensor_data(dot_tensor *t, int lane);
 
-/* The gradient of `t` after dot_backward, a tensor of the same shape; NULL (without an error) when it has none. */
+/* The gradient of `t` after dot_backward, a tensor of the same shape; NULL (without an error) when it has none. What operations
+   compute keeps its gradient only where dot_retain_grad asked for it: else its memory is used again during dot_backward. */
 dot_tensor *dot_tensor_grad(dot_tensor *t);
+dot_tensor *dot_retain_grad(dot_tensor *t);             /* t; torch's Tensor.retain_grad */
 
 /* Element 0 of one lane as a double: for losses and other scalars. NaN for NULL. */
 double dot_item(const dot_tensor *t, int lane);
@@ -1562,6 +1564,7 @@ typedef struct dot__pool {
 #endif
 
 typedef struct dot__node dot__node;
+typedef struct dot__spare dot__spare;
 
 struct dot_context {
     uint32_t magic;
@@ -1595,6 +1598,7 @@ struct dot_context {
     uint64_t step_id;               /* counts both kinds of step, to tell old step tensors */
     uint64_t pass;                  /* counts dot_backward calls */
     dot__node *tape;                /* newest node first */
+    dot__spare *spares;             /* memory of gradients that were passed on */
 
     const struct dot__backend *backend;
 
@@ -1763,6 +1767,7 @@ static void dot__step_reset(dot_context *ctx, bool training)
     ctx->arena_at = ctx->arena;
     ctx->arena_used = ctx->arena_total = 0;
     ctx->tape = NULL;
+    ctx->spares = NULL;
     ctx->training = training;
     ctx->draws = 0;
     ctx->step_id++;
@@ -2105,7 +2110,7 @@ struct dot_tensor {
     int64_t size;                   /* elements of one lane */
     int64_t lane_stride;            /* elements from one lane to the next; 0: shared by all lanes */
     char *data;
-    bool persistent, requires_grad;
+    bool persistent, requires_grad, retains_grad;
     bool has_grad;                  /* persistent tensors: `grad` holds a gradient not yet used up */
     uint64_t grad_pass;             /* step tensors: the backward pass that `grad` belongs to */
     struct dot_tensor *grad;        /* storage, made when first needed */
@@ -2304,6 +2309,12 @@ static bool dot__has_grad(const dot_tensor *t)
 }
 
 dot_tensor *dot_tensor_grad(dot_tensor *t) { return t && dot__has_grad(t) ? t->grad : NULL; }
+
+dot_tensor *dot_retain_grad(dot_tensor *t)
+{
+    if (t) t->retains_grad = true;
+    return t;
+}
 
 static double dot__load(const void *data, dot_dtype dtype, int64_t i)
 {
@@ -5422,11 +5433,50 @@ static bool dot__record(dot_context *ctx, size_t bytes, bool (*backward)(dot_con
     return true;
 }
 
+/* Gradients of what operations computed: their memory is given back when the operation has passed them on, and taken again by those
+   of operations before it. The list lies in that memory itself. */
+struct dot__spare {
+    struct dot__spare *next;
+    size_t bytes;
+};
+
+static size_t dot__grad_bytes(const dot_tensor *t)
+{
+    return (size_t)dot__lane_stride(t->size) * (size_t)t->ctx->lanes * dot_dtype_size(t->dtype);
+}
+
+static void dot__grad_release(dot_tensor *t)
+{
+    if (t->persistent || t->retains_grad || !t->grad) return;
+    dot__spare *spare = (dot__spare *)(void *)t->grad->data;
+    spare->bytes = dot__grad_bytes(t);
+    spare->next = t->ctx->spares;
+    t->ctx->spares = spare;
+    t->grad = NULL;
+}
+
+/* Out of the smallest spare memory that is large enough, of these the last given back. */
+static dot_tensor *dot__step_grad(const dot_tensor *t)
+{
+    dot_context *ctx = t->ctx;
+    dot__spare **best = NULL;
+    size_t bytes = dot__grad_bytes(t);
+    for (dot__spare **link = &ctx->spares; *link; link = &(*link)->next)
+        if ((*link)->bytes >= bytes && (!best || (*link)->bytes < (*best)->bytes)) best = link;
+    if (!best) return dot__step_like(t, true);
+    dot_tensor *grad = (dot_tensor *)dot__step_alloc(ctx, sizeof *grad);
+    if (!grad) return NULL;
+    dot__tensor_init(grad, ctx, t->dtype, t->rank, t->shape, t->size);
+    grad->lane_stride = dot__lane_stride(t->size);
+    grad->data = (char *)*best;
+    *best = (*best)->next;
+    return grad;
+}
+
 /* Where the gradient of `t` goes; *accumulate: there is one already, to be added to. NULL: no memory. */
 static dot_tensor *dot__grad_target(dot_tensor *t, bool *accumulate)
 {
-    if (!t->grad)
-        t->grad = t->persistent ? dot__persistent_tensor(t->ctx, t->dtype, t->rank, t->shape, t->size) : dot__step_like(t, true);
+    if (!t->grad) t->grad = t->persistent ? dot__persistent_tensor(t->ctx, t->dtype, t->rank, t->shape, t->size) : dot__step_grad(t);
     if (!t->grad) return NULL;
     *accumulate = dot__has_grad(t);
     t->has_grad = true;
@@ -5456,8 +5506,11 @@ bool dot_backward(dot_tensor *loss)
     dot_tensor *seed = dot__grad_target(loss, &accumulate);
     if (!seed) return false;
     ctx->backend->fill(ctx, seed->dtype, true, dot__array_of(seed), 1, 1.0);
-    for (dot__node *node = loss->node; node; node = node->previous)
-        if (dot__has_grad(node->out) && !node->backward(ctx, node)) return false;
+    for (dot__node *node = loss->node; node; node = node->previous) {
+        if (!dot__has_grad(node->out)) continue;
+        if (!node->backward(ctx, node)) return false;
+        if (!node->previous || node->previous->out != node->out) dot__grad_release(node->out);      /* a concatenation has a node for each part */
+    }
     return true;
 }
 
@@ -7020,9 +7073,10 @@ static bool dot__reshape_backward(dot_context *ctx, dot__node *base)
 {
     dot_tensor *x = base->in[0];
     bool accumulate;
-    if (!x->persistent && !x->grad) {
+    if (!x->persistent && !x->grad && !base->out->retains_grad) {      /* the memory is handed on */
         x->grad = dot__step_view(base->out->grad, x->rank, x->shape);
         x->grad_pass = ctx->pass;
+        base->out->grad = NULL;
         return x->grad != NULL;
     }
     dot_tensor *dx = dot__grad_target(x, &accumulate);
@@ -12170,7 +12224,7 @@ static dot_tensor *dot__kfac_forward(dot_layer *l, dot_tensor *x, dot_activation
         k->uses = k->step_id == ctx->step_id ? k->uses + 1 : 1;
         k->step_id = ctx->step_id;
         k->x = x;
-        k->y = y;
+        k->y = dot_retain_grad(y);
     }
     return act == DOT_RELU ? dot_relu(y) : act == DOT_SIGMOID ? dot_sigmoid(y) : act == DOT_TANH ? dot_tanh(y) : y;
 }

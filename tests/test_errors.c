@@ -451,6 +451,7 @@ static void test_tensor_access(void **state)
     SILENT(dot_tensor_size(NULL));
     SILENT(dot_tensor_data(NULL, 0));
     SILENT(dot_tensor_grad(NULL));
+    SILENT(dot_retain_grad(NULL));
     SILENT(!isnan(dot_item(NULL, 0)));
     SILENT(dot_tensor_get(NULL, 0, values, 6));
     SILENT(dot_tensor_set(NULL, 0, values, 6));

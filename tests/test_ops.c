@@ -1219,6 +1219,32 @@ static void test_fan_out(void **state)
     dot_context_destroy(ctx);
 }
 
+/* A chain of n results needs the memory of few gradients, not of n; what is asked for is kept: d/dy of 2^17 y is 2^17, y being the third. */
+static void test_gradients_share_memory(void **state)
+{
+    (void)state;
+    enum { SIZE = 10000, CHAIN = 20 };
+    static float ones[SIZE];
+    int64_t size = SIZE;
+    for (int i = 0; i < SIZE; ++i)
+        ones[i] = 1;
+    dot_context *ctx = dot_context_create(NULL);
+    dot_tensor *w = dot_requires_grad(dot_tensor_create(ctx, DOT_F32, 1, &size), true), *chain[CHAIN];
+    dot_step_begin(ctx);
+    dot_tensor *y = dot_add(w, dot_input(ctx, DOT_F32, 1, &size, ones));
+    for (int i = 0; i < CHAIN; ++i)
+        chain[i] = y = dot_mul_scalar(y, 2);
+    dot_retain_grad(chain[2]);
+    dot_tensor *loss = dot_sum(y, DOT_ALL_AXES, false);
+    size_t forward = dot_memory(ctx).step_peak_bytes;
+    assert_true(dot_backward(loss));
+    assert_true(dot_memory(ctx).step_peak_bytes < forward + 4 * SIZE * sizeof(float));
+    assert_null(dot_tensor_grad(chain[1]));
+    const float *kept = dot_tensor_data(dot_tensor_grad(chain[2]), 0), *grad = dot_tensor_data(dot_tensor_grad(w), 0);
+    assert_true(kept && kept[SIZE - 1] == ldexp(1, CHAIN - 3) && grad[0] == ldexp(1, CHAIN));
+    dot_context_destroy(ctx);
+}
+
 /* 0, 1, ..., 23 as [1, 4, 3, 2]: what nn.AdaptiveMaxPool2d and AvgPool2d of (2, 1) and (1, 1) give in channel 0. */
 static void test_adaptive_pooling_layers(void **state)
 {
@@ -1360,7 +1386,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_dropout_gradient), cmocka_unit_test(test_dropout_repeats),
         cmocka_unit_test(test_dropout_lanes), cmocka_unit_test(test_errors), cmocka_unit_test(test_null_arguments),
         cmocka_unit_test(test_errors_in_lanes), cmocka_unit_test(test_mixed_arguments), cmocka_unit_test(test_backward_errors),
-        cmocka_unit_test(test_two_losses), cmocka_unit_test(test_fan_out), cmocka_unit_test(test_adaptive_pooling_layers),
+        cmocka_unit_test(test_two_losses), cmocka_unit_test(test_fan_out), cmocka_unit_test(test_adaptive_pooling_layers), cmocka_unit_test(test_gradients_share_memory),
         cmocka_unit_test(test_gradient_check_fails), cmocka_unit_test(test_functions_of_float),
         cmocka_unit_test(test_every_operation)
     };
