@@ -2783,7 +2783,7 @@ typedef double dot__double8 __attribute__((vector_size(64)));
 #define DOT__DOUBLES_WIDTH_avx512 8
 #define DOT__WORD_TARGET_avx512 __attribute__((target("avx512f,avx2")))
 #define DOT__RULE_TARGET_avx512 DOT__TARGET_AVX512
-#define DOT__REST_OF_avx512 f32
+#define DOT__REST_OF_avx512 avx2
 #define DOT__LEAVE_VECTORS_avx512 _mm256_zeroupper();
 #define DOT__ZERO_avx512 ((dot__float16)_mm512_setzero_ps())
 #define DOT__M_avx512(x) ((__m512)((x) - DOT__ZERO_avx512))
@@ -4395,7 +4395,9 @@ static void dot__fold_piece_##S(void *argument, int lane, int64_t piece) \
                 for (int64_t c = 0; *t.z >= 0 && c < channels; ++c) to_sum[c] += term[c]; \
             } \
         } \
-        if (job->activation != DOT_NONE) dot__activate(job->kernel, job->activation, sum, n * channels); \
+        int64_t whole = dot__round_up(n * channels, 16);            /* of vectors: short runs would be activated number by number */ \
+        for (int64_t i = n * channels; i < whole; ++i) sum[i] = (T)0; \
+        if (job->activation != DOT_NONE) dot__activate(job->kernel, job->activation, sum, whole); \
         for (int64_t i = 0; i < n; ++i) \
             for (int64_t c = 0; c < channels; ++c) { \
                 T *out = (T *)to[i] + c; \
