@@ -4429,7 +4429,7 @@ typedef struct dot__outer_plan {
     char *partial;                  /* [lane][part][W], or NULL */
 } dot__outer_plan;
 
-#define DOT__OUTER_ROWS 64          /* rows whose pointers are made at a time */
+#define DOT__OUTER_ROWS 96          /* rows whose pointers are made at a time */
 #define DOT__OUTER_BYTES 1024       /* most of a row of A, and of D, in a piece */
 #define DOT__OUTER_PATCH 64         /* most elements of a patch */
 #define DOT__FAR 1024               /* bytes between rows, from which on they compete for the same few lines of L1 and are copied together */
