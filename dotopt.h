@@ -33,7 +33,7 @@
      - Options are structs that a `_defaults` function fills; change fields, never zero-initialise them.
        Where a pointer to options is taken, NULL means the defaults.
      - Same seed, same machine type: the same bits, whatever the number of threads and of lanes.
-     - A context may be used by one thread at a time; different contexts are independent.
+     - A context may be used by one thread at a time; different contexts are independent. That thread needs 256 KiB of stack.
 
    CONFIGURATION MACROS (only where DOTOPT_IMPLEMENTATION is defined; none changes the interface)
      DOTOPT_NO_THREADS   no pthreads: every context runs on the calling thread
@@ -1875,6 +1875,8 @@ static void dot__run_parallel(dot_context *ctx)
     pthread_mutex_unlock(&pool->mutex);
 }
 
+#define DOT__STACK ((size_t)1 << 20)   /* of a thread, at least: kernels keep up to 220 KiB there, and musl gives 128 */
+
 static bool dot__pool_start(dot_context *ctx)
 {
     dot__pool *pool = &ctx->pool;
@@ -1884,9 +1886,14 @@ static bool dot__pool_start(dot_context *ctx)
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->done, NULL);
+    pthread_attr_t attributes;
+    size_t stack = 0;
+    pthread_attr_init(&attributes);
+    if (pthread_attr_getstacksize(&attributes, &stack) == 0 && stack < DOT__STACK) pthread_attr_setstacksize(&attributes, DOT__STACK);
     /* Fewer threads than asked for are no error: the bits are the same. */
     for (; pool->workers < ctx->threads - 1; ++pool->workers)
-        if (pthread_create(&pool->threads[pool->workers], NULL, dot__worker, ctx) != 0) break;
+        if (pthread_create(&pool->threads[pool->workers], &attributes, dot__worker, ctx) != 0) break;
+    pthread_attr_destroy(&attributes);
     return true;
 }
 
@@ -1957,7 +1964,7 @@ dot_context_options dot_context_defaults(void)
     return o;
 }
 
-static const struct dot__backend *dot__cpu_backend(bool simd);
+static const struct dot__backend *dot__cpu_backend(void);
 static void dot__files_close(dot_context *ctx);
 
 dot_context *dot_context_create(const dot_context_options *options)
@@ -1981,7 +1988,7 @@ dot_context *dot_context_create(const dot_context_options *options)
     ctx->allocations = 1;
     ctx->active_count = o.lanes;
     ctx->same_seeds = true;
-    ctx->backend = dot__cpu_backend(o.simd);
+    ctx->backend = dot__cpu_backend();
     ctx->lane_seeds = (uint64_t *)dot__new(ctx, sizeof(uint64_t) * (size_t)o.lanes);
     ctx->active = (int *)dot__new(ctx, sizeof(int) * (size_t)o.lanes);
     ctx->lane_stopped = (bool *)dot__new(ctx, sizeof(bool) * (size_t)o.lanes);
@@ -2378,9 +2385,22 @@ bool dot_tensor_set(dot_tensor *t, int lane, const double *values, int64_t count
 
 /* ==== [5 backend] ================================================================================== */
 
-/* What runs on a device is reached through this table alone; operations fill in plain descriptors. An array is the address of
-   lane 0 and the bytes from one lane to the next (0: shared). `laned` says whether a kernel runs for every active lane or
-   once. Strides are in elements. */
+/* What operations ask of a device goes through the table dot__backend; they fill in plain descriptors. (The optimizers' own kernels
+   run on the CPU.) An array is the address of lane 0 and the bytes from one lane to the next (0: shared). `laned` says whether a
+   kernel runs for every active lane or once. Strides are in elements.
+
+   The headings of this section: descriptors, THE MATRIX PRODUCT among them; building blocks of one element type; micro-kernels;
+   elementwise jobs; reductions; the matrix product, its addressing first; folding; the weight's gradient; softmax; attention;
+   normalisation; pooling; embedding; dropout; losses.
+
+   Words that come back:
+     piece       what one thread does at a time; a job's pieces depend on its shape alone, so that the bits do not depend on the threads
+     part        pieces whose results are added up afterwards, in order
+     tap         one position of a convolution's kernel
+     image, grid of a convolution the larger side, whose positions have channels to be read, and the positions of the kernel over it
+     run         positions that follow one another along the last axis, in one image
+     tile        a block of a product that is kept in registers
+     panel       B, as wide as a tile, packed for the micro-kernel */
 
 typedef struct dot__array { char *data; int64_t lane; } dot__array;
 
@@ -2396,7 +2416,7 @@ static dot__array dot__array_of(const dot_tensor *t)
 }
 
 /* Elementwise functions of one argument: X(name, y = f(x), dy/dx), with two parameters p and q. One text serves scalars and
-   vectors: operators, and the words that DOT__ELEMENTWISE's users define. */
+   vectors: it may use operators, x, y, p, q, zero, one, `power` (p as a number), and the words that DOT__WORD explains below. */
 #define DOT__UNARY(X) \
     X(NEG,        -x,                                   -one) \
     X(ABS_,       ABS(x),                               IF_POSITIVE(x, one, IF_POSITIVE(-x, -one, zero))) \
@@ -2420,7 +2440,7 @@ static dot__array dot__array_of(const dot_tensor *t)
     X(SOFTPLUS,   IF_POSITIVE(p * x - q, x, LOG1P(EXP(p * x)) / p), \
                   IF_POSITIVE(p * x - q, one, DOT__N(dot__sigmoid)(p * x)))
 
-/* Elementwise functions of two arguments: X(name, z = f(a, b), dz/da, dz/db). EQUAL serves the gradient of max and min. */
+/* Elementwise functions of two arguments, compiled for numbers only: X(name, z = f(a, b), dz/da, dz/db). EQUAL serves the gradient of max and min. */
 #define DOT__BINARY(X) \
     X(ADD,     a + b,                       (T)1,                               (T)1) \
     X(SUB,     a - b,                       (T)1,                               (T)-1) \
@@ -2430,7 +2450,7 @@ static dot__array dot__array_of(const dot_tensor *t)
     X(MINIMUM, a != a || a < b ? a : b,     a < b ? (T)1 : a == b ? (T)0.5 : (T)0, b < a ? (T)1 : a == b ? (T)0.5 : (T)0) \
     X(EQUAL,   a == b ? (T)1 : (T)0,        (T)0,                               (T)0)
 
-/* Losses of a prediction x and a target t, averaged over the elements: X(name, value, dvalue/dx, dvalue/dt), parameter p. */
+/* Losses of a prediction x and a target t, averaged over the elements, also for numbers only: X(name, value, dvalue/dx, dvalue/dt), parameter p. */
 #define DOT__LOSSES(X) \
     X(MSE,   (x - t) * (x - t),                 2 * (x - t),                            2 * (t - x)) \
     X(L1,    ABS(x - t),                        x > t ? (T)1 : x < t ? (T)-1 : (T)0,    t > x ? (T)1 : t < x ? (T)-1 : (T)0) \
@@ -2492,16 +2512,28 @@ typedef struct dot__reduce {        /* out = scale * (sum | max | min over the a
      an image as patches row = output position, tap = kernel position; the address of a row's tap is the sum of three table
                          entries, one an axis, and -1 in any of them stands for padding, a row of zeros
      the gradient of a strided convolution with respect to its input, which is also a transposed convolution: the input
-                         positions fall into stride^dims classes by their remainder modulo the stride. Within a class every
-                         position is reached by the same taps, so each class is one matrix product over those taps: row =
-                         position of the class, A = gradient of the output, B = the weight of the class's taps, transposed.
-   The table says which taps those are (`tap`) and where the results go (`to`). Only where the image has so few channels that a tile
-   would be half empty, the products with all taps are made side by side, and added up where they belong: dot__fold. */
+                         positions fall into stride^dims classes by their remainder modulo the stride (one class, where the
+                         stride is 1). Within a class every position is reached by the same taps, so each class is one matrix
+                         product over those taps: row = position of the class, A = gradient of the output, B = the weight of
+                         the class's taps, transposed.
+   The table says which taps those are (`tap`) and where the results go (`to`).
+
+   An example: kernel 3, stride 2, padding 1, an image of 6 positions of I channels, hence outputs o = 0, 1, 2 of O channels:
+   y[o] = sum over k of x[2 o - 1 + k] w[k]. An even position 2 i is read by k = 1 of o = i alone, an odd one, 2 i + 1, by k = 0 of
+   o = i + 1 and by k = 2 of o = i:
+                    dx[2 i] = dy[i] w1'                     dx[2 i + 1] = dy[i + 1] w0' + dy[i] w2'
+       count, taps  3, 1                                    3, 2
+       from         {0} {O} {2 O}                           {O, 0} {2 O, O} {-1, 2 O}
+       tap          {I O}                                   {0, 2 I O}
+       to           {0, 2 I, 4 I}                           {I, 3 I, 5 I}
+   with depth = O, columns = I, and B read with b_row = 1, b_column = O, which transposes it. dot__rows_of_grid and
+   dot__rows_of_image_class in [6 ops] fill in the tables. Only where the image has so few channels that a tile would be half
+   empty, the products with all taps are made side by side, and added up where they belong: dot__fold. */
 typedef struct dot__axis {
     int64_t count;                  /* positions along the axis */
     int taps;
     const int32_t *from;            /* [count][taps]: element offset of the row within the image of A, or -1 */
-    const int32_t *to;              /* [count]: element offset within the image of C */
+    const int32_t *to;              /* [count]: element offset within the image of C (of D, of a weight's gradient) */
     const int32_t *tap;             /* [taps]: element offset within the weight */
 } dot__axis;
 
@@ -2513,13 +2545,13 @@ typedef struct dot__rows {          /* rows = images * positions of the three ax
 
 typedef struct dot__gemm {
     dot_dtype dtype;
-    bool laned, accumulate;         /* C += */
+    bool laned, accumulate;         /* C +=; never together with an activation */
     dot_activation activation;
     dot__rows rows;
     int64_t depth, columns;         /* k per tap; columns */
     int64_t b_row, b_column;        /* strides of B within a tap */
     int64_t batch, a_batch, b_batch, c_batch;   /* independent products (groups of channels, batched matrices) */
-    dot__array a, b, bias, c;       /* bias[columns] (by c_batch for further batches), or NULL */
+    dot__array a, b, bias, c;       /* bias: [batch][columns], or NULL */
 } dot__gemm;
 
 /* C[row][channel] (+)= act(bias[channel] + sum over taps of A[row][tap][channel]): what a class of positions of an image gets from
@@ -2568,7 +2600,8 @@ typedef struct dot__attention {
 } dot__attention;
 
 /* x seen as [sets][positions][groups][channels]; statistics of each (set, group); weight and bias are indexed by (group,
-   channel). Layer, group and batch normalisation are three shapes of this. */
+   channel). Layer normalisation is [N][1][1][C] of this, group normalisation [N][positions][G][C/G], batch normalisation
+   [1][N positions][C][1]. */
 typedef struct dot__norm {
     dot_dtype dtype;
     const struct dot__kernels *kernel;                          /* the CPU's: filled in by it */
@@ -2606,7 +2639,7 @@ typedef struct dot__dropout_job {   /* y (+)= keep ? x * scale : 0 */
     dot__array x, y;
 } dot__dropout_job;
 
-typedef struct dot__loss_job {      /* value = mean of f(x, t); backward: out (+)= dvalue f' / n */
+typedef struct dot__loss_job {      /* value = mean of f(x, t); backward: value is dvalue, out (+)= dvalue f' / n */
     dot_dtype dtype;
     bool laned, accumulate, wrt_target;
     dot__loss op;
@@ -2615,7 +2648,7 @@ typedef struct dot__loss_job {      /* value = mean of f(x, t); backward: out (+
     dot__array x, t, value, out;
 } dot__loss_job;
 
-typedef struct dot__entropy {       /* cross entropy; backward: dx (+)= dvalue (softmax - q) / rows */
+typedef struct dot__entropy {       /* cross entropy; backward: value is dvalue, dx (+)= dvalue (softmax - q) / rows, q the smoothed one-hot label */
     dot_dtype dtype;
     bool laned, accumulate;
     int64_t rows, classes;
@@ -2650,13 +2683,14 @@ typedef struct dot__backend {
     void (*loss_backward)(dot_context *ctx, dot__loss_job *job);
     bool (*entropy)(dot_context *ctx, dot__entropy *job);
     void (*entropy_backward)(dot_context *ctx, dot__entropy *job);
-} dot__backend;                     /* the bool ones need scratch memory: false when there is none */
+} dot__backend;                     /* the bool ones need scratch memory: false when there is none; what they had of it, the step's end takes back */
 
 /* ---- the CPU: building blocks of one element type ----
-   Kernels are macros of (T, S), the element type and its suffix, so that each is written once. */
+   So that each kernel is written once, it is a macro of (T, S), the element type and its suffix, where there is nothing to gain from
+   vectors or the compiler finds them; and else a text in words, compiled for each vocabulary. */
 
 #define DOT__PIECE 16384            /* elements of an elementwise job that one thread does at a time */
-#define DOT__CHUNK 4096             /* elements that a sum adds up before it is combined with the others, in order */
+#define DOT__CHUNK 4096             /* elements of a piece where order or scratch matters: of a sum before it is combined with the others, in order */
 
 #define DOT__PASTE(a, b) DOT__PASTE2(a, b)
 #define DOT__PASTE2(a, b) a##_##b
@@ -2664,12 +2698,19 @@ typedef struct dot__backend {
 
 /* What is written in the words T, V, ABS, IF_POSITIVE, ... is compiled once for each DOT__S: f32 and f64 for numbers, avx2 and avx512 for
    vectors of 8 and 16 floats. A word means DOT__word_S of the table that follows.
-     T V U           an element; what is computed at once: one, or a vector; its bits
-     D H             as many doubles as half of V has room for, and as many floats
-     IF_POSITIVE     (x, then, otherwise)
-     MAX, MIN        (x, limit): NaN stays NaN
-     ADD_UP          adds the elements of x to sum[at], sum[at + 1], ... of eight
-     REST            the function for what is left over of less than a vector */
+     T V U               an element; what is computed at once, one or a vector of WIDTH; the bits of V
+     D H                 a vector of doubles as large as V, of DOUBLES_WIDTH, and that many of T; DOUBLES and SINGLES turn one into the other
+     IF_POSITIVE         (x, then, otherwise)
+     MAX, MIN            (x, limit): NaN stays NaN
+     ABS ROOT CBRT EXP LOG LOG1P TANH ERFC SIGN, ATAN2(y, x), POWER(x, p) with a number p
+     BITS, FLOAT, COUNT  V as U; U as V; U converted to V
+     ADD_UP              adds the elements of x to sum[at], sum[at + 1], ... of eight
+     REST                the function for what is left over of less than a vector
+     WORD_TARGET         the target of a function whose results have f32's bits: no fused multiplication and addition
+     RULE_TARGET         of the optimizers' rules, which may fuse
+     LEAVE_VECTORS       before a call to other code
+   A word that is missing is not used there: f32 has no optimizer rules (those run in double), f64 none of DOT__REAL_FUNCTIONS. To add a
+   vocabulary: its words, its instantiations here and in [9 optimizers] (dot__rule_run chooses there), and a row of kernels below. */
 #define DOT__WORD(name) DOT__PASTE(DOT__##name, DOT__S)
 
 #define DOT__T_f32 float
@@ -2811,9 +2852,9 @@ typedef double dot__double8 __attribute__((vector_size(64)));
 #define DOT__ATAN2_avx512(y, x) dot__atan2_avx512(y, x)
 #endif
 
-/* Functions of float, of a number or of eight side by side, by the same operations, hence to the same bits (unless the compiler is told
+/* Functions of float, of a number or of a vector, by the same operations, hence to the same bits (unless the compiler is told
    to fuse multiplications and additions). Largest error found among 16 million numbers: exp 1 ulp, log 0.8, log1p of numbers >= 0 1.2,
-   tanh 1.3, erfc 6. The methods are Cody and Waite's: an exact multiple of ln 2 is taken off, the rest goes into a polynomial; coefficients of
+   tanh 1.3, erfc 6. exp by Cody and Waite's method: an exact multiple of ln 2 is taken off, the rest goes into a polynomial; coefficients of
    exp, tanh and erf: Moshier's Cephes; log: FreeBSD's msun; erfc: Press et al., Numerical Recipes, section 6.2. */
 #define DOT__REAL_FUNCTIONS \
     /* exp(x + low), low being what was lost in rounding x. The sum with 1.5 * 2^23 rounds to a whole number, in its last bits. */ \
@@ -2931,7 +2972,8 @@ typedef double dot__double8 __attribute__((vector_size(64)));
         if (i < n) REST(dot__map_back_##name)((const T *)xs + i, (const T *)ys + i, (const T *)dys + i, (T *)dxs + i, n - i, p0, q0, add); \
     }
 
-/* The greatest element, unless there is a NaN; and y = exp(x - top), of which it returns the sum, by eight partial sums. */
+/* The greatest element (where there is a NaN, any: the sum is NaN then); and y = exp(x - top), of which it returns the sum, by eight
+   partial sums, to which the rest's elements go too, for the order's sake. */
 #define DOT__ROW_FUNCTIONS \
     WORD_TARGET static double DOT__N(dot__top)(const void *xs, int64_t n) \
     { \
@@ -3177,7 +3219,7 @@ typedef struct dot__map_row {
 DOT__INLINE uint32_t dot__bits(float x) { uint32_t i; memcpy(&i, &x, sizeof i); return i; }
 DOT__INLINE float dot__float(uint32_t i) { float x; memcpy(&x, &i, sizeof x); return x; }
 
-/* The words; defined until [9 optimizers], which writes its rules in them. */
+/* The words; defined until [9 optimizers], which writes its rules in them: nothing else may have one of these names until there. */
 #define REST(function) DOT__PASTE(function, DOT__WORD(REST_OF))
 #define SIGN(x) (IF_POSITIVE(x, 1, 0) - IF_POSITIVE(-(x), 1, 0))
 #define T DOT__WORD(T)
@@ -3269,10 +3311,12 @@ DOT__INLINE int64_t dot__part(int64_t n, int64_t piece, int64_t size, int64_t *l
    of A are pointers; B is packed into panels as wide as a tile, [tap][k][column], padded with zeros. */
 
 #define DOT__MAX_ROWS 12            /* of any instruction set's tile */
-#define DOT__MAX_COLUMNS 32
-#define DOT__DEPTH 320              /* most k's that one call of a micro-kernel runs over, so that a panel stays in L1 */
+#define DOT__MAX_COLUMNS 32         /* with all elements: at most DOT__SLACK bytes, which a tile may read too many */
+#define DOT__DEPTH 320              /* about as many k's, over all taps, the matrix product gives one call, so that a panel stays in L1 */
 #define DOT__TAPS 32                /* most taps of one call */
 #define DOT__ROW_BLOCK 96           /* rows whose pointers are made at a time: whole tiles of any height */
+
+typedef char dot__tile_within_slack[DOT__MAX_COLUMNS * sizeof(float) <= DOT__SLACK ? 1 : -1];
 
 typedef struct dot__tile {
     int rows, columns;              /* used of the tile */
@@ -3478,7 +3522,7 @@ DOT__TARGET_AVX2 DOT__INLINE void dot__store_row_avx2(__m256 lo, __m256 hi, floa
     }
 }
 
-/* Unused rows repeat the first pointer: reading them is harmless. */
+/* Unused rows have some valid pointer: reading them is harmless. */
 DOT__TARGET_AVX2 static void dot__tile_avx2(const dot__tile *t)
 {
     __m256 s0 = _mm256_setzero_ps(), s1 = s0, x;
@@ -3623,7 +3667,8 @@ DOT__OUTER_AVX512(dot__outer_avx512_slim, 1, DOT__SLIM_START, DOT__SLIM_OUTER, D
 
 #endif
 
-/* name, slim, rows, columns, outer_rows, and the functions */
+/* name, slim, rows, columns, outer_rows, and the functions: S, V are the suffixes of those that are not its own. An instruction set needs
+   tile, outer, a row here and a branch in dot__kernel. */
 #define DOT__KERNEL_ROW(name, slim, rows, columns, outer_rows, tile, outer, S, V) \
     { name, slim, rows, columns, outer_rows, tile, outer, dot__dot_##S, dot__sum_rows_##S, dot__top_##V, dot__exp_row_##V, dot__score_row_##V, dot__norm_sums_##V, \
       dot__norm_affine_##V, dot__norm_pairs_##V, dot__norm_back_##V, dot__maps_##V }
@@ -3646,7 +3691,7 @@ static const dot__kernels dot__kernels_avx512[2] = {
 };
 #endif
 
-/* The one place where an instruction set is chosen. */
+/* The one place where an instruction set is chosen; dot__rule_run in [9 optimizers] follows it. */
 static const dot__kernels *dot__kernel(const dot_context *ctx, dot_dtype dtype)
 {
 #ifdef DOT__AVX2
@@ -3660,7 +3705,7 @@ static const dot__kernels *dot__kernel(const dot_context *ctx, dot_dtype dtype)
     return &dot__kernels_portable[dtype == DOT_F64];
 }
 
-/* The same for a matrix of so many columns. */
+/* The same for a matrix of so many columns: slim, where the last of one or two wide panels would be half empty. */
 static const dot__kernels *dot__kernel_for(const dot_context *ctx, dot_dtype dtype, int64_t columns)
 {
     const dot__kernels *kernel = dot__kernel(ctx, dtype);
@@ -3878,12 +3923,12 @@ typedef struct dot__reduce_plan {
     int64_t reduced_shape[DOT_MAX_RANK], reduced_stride[DOT_MAX_RANK];
     int64_t outputs, terms;                     /* elements of the result; summands of each */
     int64_t width;                              /* outputs that lie side by side in memory, done together */
-    int64_t blocks;                             /* of up to DOT__WIDTH outputs within a run of `width`, all runs */
+    int64_t blocks;                             /* of up to DOT__REDUCE_WIDTH outputs within a run of `width`, all runs */
     int64_t parts, part_terms;
     double *partial;                            /* [lane][part][output] */
 } dot__reduce_plan;
 
-#define DOT__WIDTH 64
+#define DOT__REDUCE_WIDTH 64
 
 static void dot__reduce_planning(dot_context *ctx, dot__reduce_plan *plan, dot__reduce *job)
 {
@@ -3907,7 +3952,7 @@ static void dot__reduce_planning(dot_context *ctx, dot__reduce_plan *plan, dot__
     memcpy(plan->kept_stride, ks[0], sizeof ks[0]);
     memcpy(plan->reduced_stride, rs[0], sizeof rs[0]);
     plan->width = plan->kept_stride[plan->kept - 1] == 1 ? plan->kept_shape[plan->kept - 1] : 1;
-    plan->blocks = plan->width > 0 ? plan->outputs / plan->width * dot__ceil_div(plan->width, DOT__WIDTH) : 0;
+    plan->blocks = plan->width > 0 ? plan->outputs / plan->width * dot__ceil_div(plan->width, DOT__REDUCE_WIDTH) : 0;
     int64_t work = plan->terms * dot__min(plan->outputs, 1024);
     plan->parts = plan->outputs > 65536 ? 1 : dot__min(64, dot__max(1, work / 32768));
     plan->part_terms = dot__max(1, dot__ceil_div(plan->terms, plan->parts));
@@ -3928,16 +3973,16 @@ static void dot__reduce_piece_##S(void *argument, int lane, int64_t piece) \
 { \
     dot__reduce_plan *plan = (dot__reduce_plan *)argument; \
     dot__reduction op = plan->job->op; \
-    int64_t per_run = dot__ceil_div(plan->width, DOT__WIDTH), block = piece % plan->blocks, part = piece / plan->blocks; \
-    int64_t first = block / per_run * plan->width + block % per_run * DOT__WIDTH; \
-    int64_t n = dot__min(DOT__WIDTH, plan->width - block % per_run * DOT__WIDTH); \
+    int64_t per_run = dot__ceil_div(plan->width, DOT__REDUCE_WIDTH), block = piece % plan->blocks, part = piece / plan->blocks; \
+    int64_t first = block / per_run * plan->width + block % per_run * DOT__REDUCE_WIDTH; \
+    int64_t n = dot__min(DOT__REDUCE_WIDTH, plan->width - block % per_run * DOT__REDUCE_WIDTH); \
     int64_t rest = first, base = 0; \
     for (int i = plan->kept - 1; i >= 0; --i) { \
         base += rest % plan->kept_shape[i] * plan->kept_stride[i]; \
         rest /= plan->kept_shape[i]; \
     } \
     const T *x = (T *)dot__lane(plan->job->x, lane) + base; \
-    double sum[DOT__WIDTH]; \
+    double sum[DOT__REDUCE_WIDTH]; \
     for (int64_t j = 0; j < n; ++j) sum[j] = op == DOT__SUM ? 0 : op == DOT__MAX ? -(double)INFINITY : (double)INFINITY; \
     int64_t term = part * plan->part_terms, end = dot__min(plan->terms, term + plan->part_terms); \
     int last = plan->reduced - 1; \
@@ -4007,7 +4052,7 @@ static bool dot__cpu_reduce(dot_context *ctx, dot__reduce *job)
 
 /* ---- the matrix product: addressing ---- */
 
-static const double dot__zeros[DOT__DEPTH + DOT__MAX_COLUMNS] = { 0 };     /* the row that padding reads */
+static const double dot__zeros[DOT__DEPTH + DOT__MAX_COLUMNS] = { 0 };     /* the row that padding reads, at least a tap long */
 
 static int64_t dot__positions(const dot__rows *r) { return r->axis[0].count * r->axis[1].count * r->axis[2].count; }
 static int dot__tap_count(const dot__rows *r) { return r->axis[0].taps * r->axis[1].taps * r->axis[2].taps; }
@@ -4074,7 +4119,7 @@ DOT__INLINE bool dot__is_matrix(const dot__rows *r)
 
 /* Copies the patches of rows where a tap is too short to be worth a pointer: to[row][tap][k]. Whole lines of a patch are copied
    four elements at a time; what is too much is overwritten by the next line, or lies in the slack of `to`. */
-#define DOT__PATCH_SLACK 4
+#define DOT__PATCH_STEP 4           /* reads up to 3 elements beyond A: its slack */
 #define DOT__PATCH_LINES 320        /* at most: a patch has no more elements than DOT__DEPTH */
 #define DOT__PATCHES(T, S) \
 static void dot__patches_##S(const dot__rows *r, dot__position at, int64_t rows, int64_t depth, const void *from, void *patches) \
@@ -4095,7 +4140,7 @@ static void dot__patches_##S(const dot__rows *r, dot__position at, int64_t rows,
                 const T *source = a + dot__max(base[line], 0); \
                 if (base[line] < 0) for (int64_t c = 0; c < length; ++c) to[c] = (T)0; \
                 else if (whole) \
-                    for (int64_t c = 0; c < length; c += DOT__PATCH_SLACK) memcpy(to + c, source + fz[0] + c, DOT__PATCH_SLACK * sizeof(T)); \
+                    for (int64_t c = 0; c < length; c += DOT__PATCH_STEP) memcpy(to + c, source + fz[0] + c, DOT__PATCH_STEP * sizeof(T)); \
                 else for (int k = 0; k < z->taps; ++k) \
                     for (int64_t c = 0; c < depth; ++c) to[k * depth + c] = fz[k] < 0 ? (T)0 : source[fz[k] + c]; \
             } \
@@ -4108,12 +4153,12 @@ DOT__PATCHES(double, f64)
 typedef struct dot__gemm_plan {
     dot__gemm *job;
     const dot__kernels *kernel;
-    int64_t rows, panels, row_piece, row_pieces, column_piece, column_pieces;
+    int64_t rows, panels, row_piece, row_pieces, panels_a_piece, column_pieces;
     int taps;                       /* as the micro-kernel sees them */
     int64_t depth;                  /* per tap */
     bool patches;                   /* taps are short: rows are copied, and make one long tap */
     bool narrow;                    /* few columns: dot products instead of tiles */
-    int groups_of_taps, depth_parts, taps_a_group;
+    int groups_of_taps, taps_a_group, depth_parts;     /* one call of a tile: some taps, or a part of one tap's k's */
     int64_t depth_part;
     char *packed, *bias;            /* [lane][batch][panel][tap][k][column]; [lane][batch][panel][column] */
     size_t packed_lane, bias_lane;  /* bytes */
@@ -4121,8 +4166,8 @@ typedef struct dot__gemm_plan {
 
 #define DOT__NARROW 4               /* most columns of the dot-product form */
 
-/* Element offset of a tap within B. */
-static int64_t dot__tap_weight(const dot__rows *r, int tap)
+/* Element offset of a tap by the tables `tap`. */
+static int64_t dot__tap_offset(const dot__rows *r, int tap)
 {
     int k = tap % r->axis[2].taps, j = tap / r->axis[2].taps % r->axis[1].taps, i = tap / r->axis[2].taps / r->axis[1].taps;
     return (int64_t)r->axis[0].tap[i] + r->axis[1].tap[j] + r->axis[2].tap[k];
@@ -4154,7 +4199,7 @@ static void dot__pack_piece_##S(void *argument, int lane, int64_t piece) \
     T *to = (T *)(void *)(plan->packed + (size_t)lane * plan->packed_lane) + piece * taps * depth * width; \
     const T *from = (T *)dot__lane(job->b, lane) + batch * job->b_batch + panel * width * job->b_column; \
     for (int tap = 0; tap < taps; ++tap) { \
-        const T *b = from + dot__tap_weight(&job->rows, tap); \
+        const T *b = from + dot__tap_offset(&job->rows, tap); \
         if (!plan->narrow) dot__pack_panel_##S(b, job->b_row, job->b_column, depth, n, width, to + tap * depth * width); \
         else for (int j = 0; j < n; ++j)        /* [column][tap][k] */ \
             for (int64_t k = 0; k < depth; ++k) to[(j * taps + tap) * depth + k] = b[k * job->b_row + j * job->b_column]; \
@@ -4193,7 +4238,7 @@ static void dot__gemm_planning(dot_context *ctx, dot__gemm_plan *plan, dot__gemm
     plan->row_pieces = dot__ceil_div(plan->rows, plan->row_piece);
     plan->row_piece = dot__round_up(dot__ceil_div(plan->rows, dot__max(1, plan->row_pieces)), plan->kernel->rows);
     while (width > 1 && plan->row_pieces * dot__ceil_div(plan->panels, width) * job->batch < 12) width = (width + 1) / 2;
-    plan->column_piece = width;
+    plan->panels_a_piece = width;
     plan->column_pieces = dot__ceil_div(plan->panels, width);
 }
 
@@ -4304,7 +4349,7 @@ static void dot__gemm_piece(void *argument, int lane, int64_t piece)
     size_t element = dot_dtype_size(job->dtype);
     int64_t column = piece % plan->column_pieces, row = piece / plan->column_pieces % plan->row_pieces;
     int64_t batch = piece / plan->column_pieces / plan->row_pieces, height = plan->kernel->rows, width = plan->kernel->columns;
-    int64_t first_panel = column * plan->column_piece, panels = dot__min(plan->column_piece, plan->panels - first_panel);
+    int64_t first_panel = column * plan->panels_a_piece, panels = dot__min(plan->panels_a_piece, plan->panels - first_panel);
     int64_t first = row * plan->row_piece, last = dot__min(plan->rows, first + plan->row_piece);
     int64_t columns = dot__min(panels * width, job->columns - first_panel * width);
     int64_t panel_elements = plan->taps * plan->depth * width, panel0 = batch * plan->panels + first_panel;
@@ -4314,18 +4359,19 @@ static void dot__gemm_piece(void *argument, int lane, int64_t piece)
     const char *bias = job->bias.data ? plan->bias + (size_t)lane * plan->bias_lane + (size_t)(panel0 * width) * element : NULL;
     bool relu = job->activation == DOT_RELU;
     dot__row_block block;
-    double patches[DOT__MAX_ROWS * 4 * DOT__DEPTH + DOT__PATCH_SLACK];
+    double patches[DOT__MAX_ROWS * 4 * DOT__DEPTH + DOT__PATCH_STEP];
     int64_t step = plan->patches ? height * 4 : DOT__ROW_BLOCK;
     dot__position at = dot__position_of(&job->rows, first);
     for (int64_t r = first; r < last; r += step) {
         int64_t rows = dot__min(step, last - r);
         dot__position start = at;
         dot__gemm_targets(&job->rows, start, rows, c, element, block.c);
-        for (int64_t i = 0, n; i < rows; i += n, dot__advance(&job->rows, &at, n)) {
-            n = plan->narrow ? 1 : dot__run(&job->rows, &at, rows - i);
-            if (plan->narrow) DOT__CALL(job->dtype, dot__narrow_row, (plan, &at, a, b, bias, block.c[i]));
+        if (plan->narrow) {
+            for (int64_t i = 0; i < rows; ++i, dot__advance(&job->rows, &at, 1))
+                DOT__CALL(job->dtype, dot__narrow_row, (plan, &at, a, b, bias, block.c[i]));
+            continue;
         }
-        if (plan->narrow) continue;
+        for (int64_t i = 0, n; i < rows; i += n, dot__advance(&job->rows, &at, n)) n = dot__run(&job->rows, &at, rows - i);
         if (plan->patches) {
             DOT__CALL(job->dtype, dot__patches, (&job->rows, start, rows, job->depth, a, patches));
             for (int64_t i = 0; i < dot__round_up(rows, height); ++i)
@@ -4388,7 +4434,7 @@ static void dot__fold_piece_##S(void *argument, int lane, int64_t piece) \
         for (int64_t i = 0, c = 0; i < n * channels; ++i, c = c + 1 < channels ? c + 1 : 0) sum[i] = bias ? bias[c] : (T)0; \
         for (int tap = 0; tap < taps; ++tap) { \
             dot__tap_run t = dot__tap_of(r, &at, tap); \
-            const T *from = a + t.line + dot__tap_weight(r, tap); \
+            const T *from = a + t.line + dot__tap_offset(r, tap); \
             T *to_sum = sum; \
             for (int64_t i = 0; i < n && !t.outside; ++i, t.z += t.step, to_sum += channels) { \
                 const T *term = from + dot__max(*t.z, 0); \
@@ -4456,7 +4502,7 @@ static int64_t dot__outer_pointers(const dot__outer_plan *plan, dot__position at
 
 /* Copies so many bytes of each row to `to`, as panels of [row][panel] of a tile's height or width, and points to the first panel instead.
    Returns the bytes from one panel to the next. */
-static int64_t dot__outer_gather(const void **rows, int64_t count, int64_t bytes, int64_t panel, char *to)
+static int64_t dot__outer_collect(const void **rows, int64_t count, int64_t bytes, int64_t panel, char *to)
 {
     int64_t step = count * panel + DOT__COPY;
     for (int64_t i = 0; i < count; ++i) {
@@ -4511,7 +4557,7 @@ static void dot__outer_piece(void *argument, int lane, int64_t piece)
     tile.a = as;
     tile.w_row = job->w_row;
     int64_t first = part * plan->part_rows, last = dot__min(plan->rows, first + plan->part_rows);
-    for (int64_t r = first; r < last || r == first; r += DOT__OUTER_ROWS) {
+    for (int64_t r = first; r < last || r == first; r += DOT__OUTER_ROWS) {       /* once even without rows: W becomes 0 */
         int64_t rows = dot__max(0, dot__min(DOT__OUTER_ROWS, last - r));
         dot__position at = dot__position_of(&job->rows, r);
         dot__gemm_targets(&job->rows, at, rows, d, element, rows_of_d);
@@ -4528,9 +4574,9 @@ static void dot__outer_piece(void *argument, int lane, int64_t piece)
         } else
             for (int tap = tap0; tap < tap1; ++tap) {
                 tile.count = dot__outer_pointers(plan, at, rows, tap, a, rows_of_d, as, ds);
-                int64_t a_step = !plan->far_a ? 0 : dot__outer_gather(as, tile.count, height * size, plan->kernel->outer_rows * size, (char *)of_a);
-                int64_t d_step = !plan->far_d ? 0 : dot__outer_gather(ds, tile.count, width * size, plan->kernel->columns * size, (char *)of_d);
-                dot__outer_tiles(plan, &tile, w + (size_t)dot__tap_weight(&job->rows, tap) * element, height, width, a_step / size, d_step / size);
+                int64_t a_step = !plan->far_a ? 0 : dot__outer_collect(as, tile.count, height * size, plan->kernel->outer_rows * size, (char *)of_a);
+                int64_t d_step = !plan->far_d ? 0 : dot__outer_collect(ds, tile.count, width * size, plan->kernel->columns * size, (char *)of_d);
+                dot__outer_tiles(plan, &tile, w + (size_t)dot__tap_offset(&job->rows, tap) * element, height, width, a_step / size, d_step / size);
             }
     }
 }
@@ -4661,20 +4707,20 @@ static void dot__cpu_softmax_backward(dot_context *ctx, dot__softmax *job)
    A piece is one head of one sequence (and up to DOT__ATTENTION_QUERIES of its queries, forward). Keys come in blocks, which are packed
    once for a piece; under each, rows of queries come in blocks whose scores fit the cache. Forward keeps for each query the
    greatest score so far and the sum of exp(score - greatest), and shrinks what it has whenever a greater one comes. Backward makes the
-   probabilities p again from the two numbers; with delta = dout . o,  dv = p' dout,  e = scale p (dout v' - delta),  dq = e k,  dk = e' q. */
+   probabilities p again from the two numbers; with delta = dout . o,  dv = p' dout,  e = scale p (dout v' - delta),  dq = e k,  dk = e' q (' is transposed). */
 
 #define DOT__ATTENTION_QUERIES 512
 #define DOT__FORWARD_KEYS 256
 #define DOT__FORWARD_ROWS 48
 #define DOT__BACKWARD_KEYS 64
-#define DOT__BACKWARD_ROWS 96
+#define DOT__BACKWARD_ROWS 96       /* and DOT__MAX_ROWS elements more: a tile of p' or e' reads whole, beyond the last row's end */
 
 typedef struct dot__attention_plan {
     dot__attention *job;
     const dot__kernels *score, *query, *value;  /* of blocks whose columns are keys, elements of q and k, and elements of v */
     int64_t chunks;                             /* of queries, forward */
-    int64_t packed[3];                          /* where the packed k', v (v' backward), and k (backward) begin; the room of a piece */
-    int64_t room;
+    int64_t packed[3];                          /* where the packed k', v (v' backward), and k (backward) begin */
+    int64_t room;                               /* of a piece, in elements */
     char *scratch;                              /* [lane][piece][room] elements */
     double *delta;                              /* [lane][batch][head][query] */
     int64_t pieces;
@@ -4843,7 +4889,7 @@ static void dot__attention_back_piece_##S(void *argument, int lane, int64_t piec
     dot__head h = dot__head_of(job, lane, piece); \
     int64_t n, rows, o_row = job->heads * job->value_size; \
     const T *o = (T *)(void *)h.o, *dout = (const T *)(const void *)h.dout; \
-    T p[DOT__BACKWARD_ROWS * DOT__BACKWARD_KEYS], e[DOT__BACKWARD_ROWS * DOT__BACKWARD_KEYS]; \
+    T p[DOT__BACKWARD_ROWS * DOT__BACKWARD_KEYS + DOT__MAX_ROWS], e[DOT__BACKWARD_ROWS * DOT__BACKWARD_KEYS + DOT__MAX_ROWS]; \
     T *packed = (T *)(void *)plan->scratch + (lane * plan->pieces + piece) * plan->room; \
     T *keys = packed + plan->packed[0], *values = packed + plan->packed[1], *k = packed + plan->packed[2]; \
     double *delta = plan->delta + (lane * plan->pieces + piece) * job->queries; \
@@ -5370,11 +5416,7 @@ static const dot__backend dot__cpu = {
     dot__cpu_loss, dot__cpu_loss_backward, dot__cpu_entropy, dot__cpu_entropy_backward,
 };
 
-static const dot__backend *dot__cpu_backend(bool simd)
-{
-    (void)simd;                         /* the kernels of the matrix product are chosen call by call */
-    return &dot__cpu;
-}
+static const dot__backend *dot__cpu_backend(void) { return &dot__cpu; }
 
 /* ==== [6 ops] ====================================================================================== */
 
