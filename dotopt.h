@@ -18,7 +18,7 @@
 
    WHAT IT IS
      Tensors, eager operations with reverse-mode autograd, layers, losses, optimizers, schedules,
-     datasets and safetensors files. It needs libc, libm and pthreads, and nothing else.
+     datasets, safetensors and NPY files, and run logs. It needs libc, libm and pthreads, and nothing else.
 
    CONVENTIONS
      - Row-major, contiguous tensors. Images are channels-last: [N,H,W,C]; volumes [N,D,H,W,C];
@@ -51,7 +51,8 @@
      [9 optimizers]      optimizers
      [10 schedules]      learning-rate schedules
      [11 utilities]      gradient check; clipping, accumulation, averages, Lookahead, Mechanic, SAM, guards, telemetry
-     [12 files]          safetensors, checkpoints, datasets
+     [12 files]          safetensors, checkpoints, NPY, datasets
+     [13 logs]           run logs: JSON lines, TensorBoard, Weights & Biases
 */
 #ifndef DOTOPT_H
 #define DOTOPT_H
@@ -1392,6 +1393,27 @@ typedef struct dot_safetensors_item {  /* one tensor to write */
 bool dot_safetensors_write(dot_context *ctx, const char *path, const dot_safetensors_item *items, int count,
                            const char *const *metadata);
 
+/* NPY, NumPy's file of one array (numpy.lib.format, versions 1.0 to 3.0). Writing makes the bytes that numpy.save makes, and
+   replaces `path` only by a whole file, as dot_save does. The reader keeps the file open and reads on request; it is strict:
+   the file must end with the last element, and object and structured arrays are refused. An array in Fortran order or in
+   big-endian bytes is read all the same, and comes out row-major in this machine's bytes. */
+typedef struct dot_npy dot_npy;
+typedef struct dot_npy_info {
+    const char *type;               /* NumPy's letter and bytes: f4 f8, i1 i2 i4 i8, u1 u2 u4 u8, b1 */
+    int rank;
+    int64_t shape[DOT_MAX_RANK];
+    int64_t count;                  /* elements */
+    size_t bytes;
+    bool fortran_order;             /* how the file has it */
+} dot_npy_info;
+dot_npy *dot_npy_open(dot_context *ctx, const char *path);
+bool     dot_npy_describe(const dot_npy *file, dot_npy_info *info);
+bool     dot_npy_read(dot_npy *file, void *out, size_t bytes);          /* as it is: u1 and b1 are DOT_U8, i8 DOT_I64 */
+bool     dot_npy_read_double(dot_npy *file, double *out, int64_t count);        /* of any type, rounded to double */
+void     dot_npy_close(dot_npy *file);
+bool     dot_npy_write(dot_context *ctx, const char *path, dot_dtype dtype, int rank, const int64_t *shape,
+                       const void *data);
+
 /* A dataset: records of bytes (images), and labels if there are any. */
 typedef struct dot_dataset dot_dataset;
 typedef struct dot_dataset_options {
@@ -1417,6 +1439,80 @@ int64_t dot_batches(const dot_dataset *dataset, int64_t batch);
 /* Batch `step` (epoch = step / dot_batches): [batch, shape...], in step memory; a pure function of the step. */
 dot_tensor *dot_batch(dot_dataset *dataset, int64_t batch, int64_t step);
 dot_tensor *dot_batch_labels(dot_dataset *dataset, int64_t batch, int64_t step);    /* DOT_I64 [batch] */
+
+/* ==== [13 logs] ==================================================================================== */
+
+/* The log of one training run, in one folder. Every record goes first, with a single append, into
+
+       FOLDER/log.jsonl                                              JSON lines: the source of truth
+
+   and, unless switched off, also into the files of two programs that draw it; it takes no server and no Python to write them:
+
+       FOLDER/events.out.tfevents.*                                  tensorboard --logdir FOLDER
+       FOLDER/wandb/offline-run-DATE_TIME-ID/run-ID.wandb            wandb sync FOLDER/wandb/offline-run-DATE_TIME-ID
+
+   A record whose call returned true survives the death of the process (SIGKILL), and after dot_logger_flush that of the
+   machine. All calls work while an error stands; one that fails returns false and leaves whole records only. A tag, such as
+   "loss/train", is 1 to 255 bytes of UTF-8. After the first records nothing is allocated, unless a record is larger than all
+   before it.
+
+   Each line of log.jsonl is an object with "kind" and "time" (seconds since 1970-01-01 UTC):
+       start      id, began, events, name, project, group, library, host, process; `resume` has the same and `step`
+       config     key, value (a number, a string, true or false)
+       scalars    step, values {tag: number}; JSON has neither NaN nor infinities: such a value is null, and the member
+                  nonfinite {tag: "NaN" | "Infinity" | "-Infinity"} says which
+       text       step, tag, text
+       histogram  step, tag, count, nonfinite (values left out), min, max, sum, sum_squares, low, high, counts: equal
+                  bins from low to high, closed on the left, the last one on both sides (numpy.histogram)
+       image      step, tag, path (in FOLDER), width, height, bytes, sha256
+       end        success, seconds, error (the context's sentence, if one stands) */
+typedef struct dot_logger dot_logger;
+typedef struct dot_logger_options {
+    uint32_t magic;             /* set by dot_logger_defaults */
+    const char *name;           /* of the run; NULL: the last part of the folder */
+    const char *project;        /* "dotopt" */
+    const char *group;          /* of runs, such as the seeds of one setting, which are drawn together; NULL: none */
+    const char *id;             /* W&B's run id, 1..64 of [A-Za-z0-9_-]; NULL: eight characters from time and process */
+    bool tensorboard, wandb;    /* true: write their files too */
+    bool resume;                /* false: a folder with a log is refused; true: its log is continued, if there is one */
+    int64_t resume_step;        /* where the resumed run begins again: what is logged of this step and later ones is
+                                   superseded (TensorBoard and W&B drop it, JSON lines keep it before a `resume` record);
+                                   -1: nothing is */
+    int histogram_bins;         /* 64; 1..512 */
+    double (*clock)(void *user);    /* seconds since 1970; default: the system's */
+    void *clock_user;
+} dot_logger_options;
+dot_logger_options dot_logger_defaults(void);
+
+/* Begins the log in `folder`, which is made, with its parents, if it is not there; one process at a time may write it.
+   Resuming cuts off what a crash left of a last record, goes on in log.jsonl and in the .wandb file (one file is one run,
+   which `wandb sync` uploads whole; the mark that it was uploaded is removed), and opens another event file, which TensorBoard
+   reads after the earlier ones. */
+dot_logger *dot_logger_create(dot_context *ctx, const char *folder, const dot_logger_options *options);
+const char *dot_logger_id(const dot_logger *log);
+
+/* What the run was made with. TensorBoard (HPARAMS) takes only what comes before the first record with a step. */
+bool dot_logger_config_number(dot_logger *log, const char *key, double value);
+bool dot_logger_config_text(dot_logger *log, const char *key, const char *value);
+bool dot_logger_config_bool(dot_logger *log, const char *key, bool value);
+
+/* Records of step `step` >= 0. dot_logger_scalars writes one record; dot_logger_tensor the histogram of a tensor's values;
+   dot_logger_image takes the bytes of a PNG file. W&B makes one row of what follows each other with the same step, and gets it
+   when the next step begins or at a flush; its steps must not fall: a record of an earlier step is left out there (the
+   context's `log` is told). TensorBoard rounds scalars to float. */
+bool dot_logger_scalar(dot_logger *log, int64_t step, const char *tag, double value);
+bool dot_logger_scalars(dot_logger *log, int64_t step, int count, const char *const *tags, const double *values);
+bool dot_logger_text(dot_logger *log, int64_t step, const char *tag, const char *text);
+bool dot_logger_histogram(dot_logger *log, int64_t step, const char *tag, const double *values, int64_t count);
+bool dot_logger_tensor(dot_logger *log, int64_t step, const char *tag, const dot_tensor *t, int lane);
+bool dot_logger_image(dot_logger *log, int64_t step, const char *tag, const void *png, size_t bytes);
+
+/* Hands everything to the disk; once an epoch is often enough. What comes later of the same step makes another row in W&B. */
+bool dot_logger_flush(dot_logger *log);
+
+/* Ends the run, with success or without, flushes and closes; frees the logger in any case. A log that only
+   dot_context_destroy closes has no end, as after a crash. */
+bool dot_logger_close(dot_logger *log, bool success);
 
 #ifdef __cplusplus
 }
@@ -1579,7 +1675,9 @@ struct dot_context {
     dot_status status;
     char error[512];
     const char *function;           /* the public function last entered: out-of-memory sentences name it */
-    dot_safetensors *files;         /* open files */
+    dot_safetensors *files;         /* open files, */
+    struct dot_npy *arrays;
+    struct dot_logger *loggers;
 
     dot__block *blocks;             /* persistent memory, newest first */
     size_t persistent_bytes;
@@ -15290,10 +15388,14 @@ void dot_safetensors_close(dot_safetensors *file)
     dot__delete(file->ctx, file);
 }
 
+static void dot__loggers_close(dot_context *ctx);
+
 /* What dot_context_destroy calls: memory goes with the context, but open files would stay. */
 static void dot__files_close(dot_context *ctx)
 {
+    dot__loggers_close(ctx);
     while (ctx->files) dot_safetensors_close(ctx->files);
+    while (ctx->arrays) dot_npy_close(ctx->arrays);
 }
 
 int dot_safetensors_count(const dot_safetensors *file) { return file ? file->entry_count : 0; }
@@ -15621,6 +15723,321 @@ bool dot_safetensors_write(dot_context *ctx, const char *path, const dot_safeten
                            const char *const *metadata)
 {
     return ctx && dot__st_write(ctx, "dot_safetensors_write", path, items, count, metadata, NULL, NULL);
+}
+
+/* ---- NPY ---- */
+
+#define DOT__NPY_MAX_HEADER 10000       /* NumPy's limit for files of unknown origin */
+#define DOT__NPY_GROWTH 21              /* digits that numpy.save keeps free for the first size to grow */
+
+/* The element types; those of dot_dtype come first, in its order. */
+static const struct { char name[3]; unsigned char size; } dot__npy_types[] = {
+    { "f4", 4 }, { "f8", 8 }, { "i8", 8 }, { "u1", 1 },
+    { "b1", 1 }, { "i1", 1 }, { "i2", 2 }, { "i4", 4 }, { "u2", 2 }, { "u4", 4 }, { "u8", 8 } };
+enum { DOT__NPY_TYPES = (int)(sizeof dot__npy_types / sizeof *dot__npy_types) };
+
+struct dot_npy {
+    dot_context *ctx;
+    dot_npy *next;              /* open array of the context */
+    dot__file in;
+    char *path;
+    int type;
+    bool big_endian, fortran_order;
+    int rank;
+    int64_t shape[DOT_MAX_RANK], count, data_begin;
+};
+
+/* 'text' or "text", without escapes, of less than `room` bytes. */
+static bool dot__npy_string(dot__json *json, char *out, int room)
+{
+    char quote = dot__json_take(json, '\'') ? '\'' : '"';
+    if (quote == '"' && !dot__json_take(json, '"')) return dot__json_fail(json, "a quoted string");
+    for (int n = 0; n < room; ++n, ++json->at) {
+        out[n] = *json->at == quote ? 0 : *json->at;
+        if (*json->at == quote) return ++json->at, true;
+        if ((unsigned char)*json->at < 0x20 || *json->at == '\\') break;
+    }
+    return dot__json_fail(json, "a short string without escapes");
+}
+
+static bool dot__npy_type(dot_npy *file, dot__json *json)
+{
+    char descr[16];
+    if (!dot__npy_string(json, descr, (int)sizeof descr)) return false;
+    for (file->type = 0; file->type < DOT__NPY_TYPES; ++file->type)
+        if (strcmp(descr + (*descr != 0), dot__npy_types[file->type].name) == 0) break;
+    file->big_endian = *descr == '>';
+    bool known = file->type < DOT__NPY_TYPES;
+    if (known && (*descr == '<' || *descr == '>' || (*descr == '|' && dot__npy_types[file->type].size == 1))) return true;
+    return dot__json_fail(json, "before here a type f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1, after < or > or, of one byte, |");
+}
+
+/* (), (a,), (a, b), ...; a comma may follow the last size, and must follow an only one. */
+static bool dot__npy_shape(dot_npy *file, dot__json *json)
+{
+    if (!dot__json_need(json, '(')) return false;
+    for (file->rank = 0; !dot__json_take(json, ')');) {
+        if (file->rank == DOT_MAX_RANK) return dot__json_fail(json, "at most 8 sizes");
+        if (!dot__json_integer(json, &file->shape[file->rank++])) return false;
+        if (dot__json_take(json, ',')) continue;
+        if (file->rank == 1) return dot__json_fail(json, "','");
+        return dot__json_need(json, ')');
+    }
+    return true;
+}
+
+static bool dot__npy_bool(dot__json *json, bool *value)
+{
+    dot__json_take(json, ' ');                          /* for the blanks before */
+    *value = strncmp(json->at, "True", 4) == 0;
+    if (!*value && strncmp(json->at, "False", 5) != 0) return dot__json_fail(json, "True or False");
+    json->at += *value ? 4 : 5;
+    return true;
+}
+
+/* {'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), } in any order, spaces, and a newline. */
+static bool dot__npy_parse(dot_npy *file, dot__json *json, const char *end)
+{
+    static const char *const keys[] = { "descr", "fortran_order", "shape" };
+    unsigned seen = 0;
+    if (!dot__json_need(json, '{')) return false;
+    while (!dot__json_take(json, '}')) {
+        char key[16];
+        int which = 0;
+        if (!dot__npy_string(json, key, (int)sizeof key) || !dot__json_need(json, ':')) return false;
+        while (which < 3 && strcmp(key, keys[which]) != 0) ++which;
+        if (which == 3 || (seen & 1u << which))
+            return dot__json_fail(json, "each of the keys descr, fortran_order, shape once and no other before here");
+        seen |= 1u << which;
+        if (!(which == 0 ? dot__npy_type(file, json) : which == 1 ? dot__npy_bool(json, &file->fortran_order)
+                                                                  : dot__npy_shape(file, json))) return false;
+        if (dot__json_take(json, ',')) continue;
+        if (!dot__json_need(json, '}')) return false;
+        break;
+    }
+    if (seen != 7) return dot__json_fail(json, "the keys descr, fortran_order, shape before here");
+    while (*json->at == ' ') ++json->at;
+    return (*json->at == '\n' && json->at + 1 == end) || dot__json_fail(json, "only spaces and one newline to the end");
+}
+
+/* Finds the header's length and checks what stands before it: \x93NUMPY, the version, the length. */
+static bool dot__npy_preamble(dot_npy *file, size_t *length)
+{
+    unsigned char head[12] = { 0 };
+    int64_t size = file->in.size;
+    const char *wrong = NULL;
+    if (!dot__file_read(&file->in, 0, head, (size_t)dot__min(size, 12))) return false;
+    bool wide = head[6] > 1;                                /* versions 2.0 and 3.0: a length of four bytes */
+    file->data_begin = wide ? 12 : 10;
+    *length = (size_t)head[8] | (size_t)head[9] << 8 | (wide ? (size_t)head[10] << 16 | (size_t)head[11] << 24 : 0);
+    if (size < 10 || memcmp(head, "\x93NUMPY", 6) != 0) wrong = "it does not begin with \\x93NUMPY, version and length";
+    else if (head[6] < 1 || head[6] > 3 || head[7] != 0) wrong = "its version is not 1.0, 2.0 or 3.0";
+    else if (*length > DOT__NPY_MAX_HEADER) wrong = "its header has more than 10000 bytes";
+    else if (size < file->data_begin || (int64_t)*length > size - file->data_begin) wrong = "its header ends outside the file";
+    if (wrong) dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: %s", file->in.function, file->path, wrong);
+    return !wrong;
+}
+
+static bool dot__npy_read_header(dot_npy *file)
+{
+    char text[DOT__NPY_MAX_HEADER + 1];
+    size_t length = 0;
+    dot__json json;
+    if (!dot__npy_preamble(file, &length)) return false;
+    if (!dot__file_read(&file->in, file->data_begin, text, length)) return false;
+    text[length] = 0;
+    json.file = &file->in;
+    json.text = json.at = text;
+    if (!dot__npy_parse(file, &json, text + length)) return false;
+    file->data_begin += (int64_t)length;
+    int64_t size = dot__npy_types[file->type].size, bytes = file->in.size - file->data_begin;
+    if (!dot__product(file->rank, file->shape, &file->count) || file->count != bytes / size || bytes % size != 0) {
+        dot__fail(file->ctx, DOT_ERROR_FORMAT, "%s: %s: shape %s of %d-byte elements, but %lld bytes follow the header",
+                  file->in.function, file->path, dot__shape_text(file->rank, file->shape).text, (int)size, DOT__LL(bytes));
+        return false;
+    }
+    if (dot__fits_size(bytes)) return true;
+    dot__fail(file->ctx, DOT_ERROR_MEMORY, "%s: %s: %lld bytes do not fit the memory", file->in.function, file->path,
+              DOT__LL(bytes));
+    return false;
+}
+
+dot_npy *dot_npy_open(dot_context *ctx, const char *path)
+{
+    dot__file in;
+    if (!ctx || !dot__file_open(&in, ctx, "dot_npy_open", path)) return NULL;
+    dot_npy *file = (dot_npy *)dot__new(ctx, sizeof *file);
+    if (!file) {
+        dot__file_close(&in);
+        return NULL;
+    }
+    file->ctx = ctx;
+    file->in = in;
+    file->next = ctx->arrays;
+    ctx->arrays = file;
+    file->path = (char *)dot__new(ctx, strlen(path) + 1);
+    if (file->path) file->in.path = strcpy(file->path, path);
+    if (file->path && dot__npy_read_header(file)) return file;
+    dot_npy_close(file);
+    return NULL;
+}
+
+void dot_npy_close(dot_npy *file)
+{
+    if (!file) return;
+    dot_npy **link = &file->ctx->arrays;
+    while (*link != file) link = &(*link)->next;
+    *link = file->next;
+    dot__file_close(&file->in);
+    dot__delete(file->ctx, file->path);
+    dot__delete(file->ctx, file);
+}
+
+bool dot_npy_describe(const dot_npy *file, dot_npy_info *info)
+{
+    if (!file || !info) return false;
+    memset(info, 0, sizeof *info);
+    info->type = dot__npy_types[file->type].name;
+    info->rank = file->rank;
+    memcpy(info->shape, file->shape, sizeof info->shape);
+    info->count = file->count;
+    info->bytes = (size_t)file->count * dot__npy_types[file->type].size;
+    info->fortran_order = file->fortran_order;
+    return true;
+}
+
+/* An element in little-endian bytes. */
+static double dot__npy_value(const unsigned char *at, int type)
+{
+    int size = dot__npy_types[type].size;
+    uint64_t bits = 0;
+    for (int i = size; i-- > 0;) bits = bits << 8 | at[i];
+    if (type == DOT_F64) {
+        double f64;
+        memcpy(&f64, &bits, sizeof f64);
+        return f64;
+    }
+    if (type == DOT_F32) {
+        uint32_t half = (uint32_t)bits;
+        float f32;
+        memcpy(&f32, &half, sizeof f32);
+        return (double)f32;
+    }
+    if (*dot__npy_types[type].name != 'i') return (double)bits;
+    int64_t i64;
+    if (bits >> (8 * size - 1)) bits |= ~(UINT64_MAX >> (64 - 8 * size));      /* the sign */
+    memcpy(&i64, &bits, sizeof i64);
+    return (double)i64;
+}
+
+/* All elements, in row-major order, either to `raw` in this machine's bytes, or as doubles. */
+static bool dot__npy_fetch(dot_npy *file, char *raw, double *values)
+{
+    unsigned char buffer[4096];
+    size_t size = dot__npy_types[file->type].size;
+    int64_t index[DOT_MAX_RANK] = { 0 }, stride[DOT_MAX_RANK], step = 1, at = 0, most = (int64_t)(sizeof buffer / size);
+    bool swap = file->big_endian != (raw && dot__big_endian());         /* dot__npy_value takes little-endian bytes */
+    if (file->count == 0) return true;                                  /* and the products below stay within it */
+    for (int k = file->rank; k-- > 0; step *= file->shape[k]) stride[k] = step;
+    for (int64_t done = 0, n; done < file->count; done += n) {
+        n = dot__min(file->count - done, most);
+        int64_t begin = file->data_begin + done * (int64_t)size;
+        if (!dot__file_read(&file->in, begin, buffer, (size_t)n * size)) return false;
+        if (swap) dot__swap_words(buffer, (size_t)n * size, size);
+        for (int64_t i = 0; i < n; ++i) {
+            const unsigned char *from = buffer + (size_t)i * size;
+            if (raw) memcpy(raw + (size_t)at * size, from, size);
+            else values[at] = dot__npy_value(from, file->type);
+            if (!file->fortran_order) ++at;
+            for (int k = 0; file->fortran_order && k < file->rank; ++k) {       /* the first index runs fastest */
+                at += stride[k];
+                if (++index[k] < file->shape[k]) break;
+                at -= stride[k] * file->shape[k];
+                index[k] = 0;
+            }
+        }
+    }
+    return true;
+}
+
+static bool dot__npy_room(dot_npy *file, const char *function, const void *out, int64_t given, int64_t expected,
+                          const char *unit)
+{
+    file->in.function = function;
+    if (given == expected && (out || expected == 0)) return true;
+    dot__fail(file->ctx, DOT_ERROR_ARGUMENT, "%s: %s: room for %lld %s%s, but the array has %lld", function, file->path,
+              DOT__LL(given), unit, out ? "" : " at NULL", DOT__LL(expected));
+    return false;
+}
+
+bool dot_npy_read(dot_npy *file, void *out, size_t bytes)
+{
+    if (!file) return false;
+    int64_t size = dot__npy_types[file->type].size;
+    if (!dot__npy_room(file, "dot_npy_read", out, (int64_t)bytes, file->count * size, "bytes")) return false;
+    bool swap = size > 1 && file->big_endian != dot__big_endian();
+    if (swap || file->fortran_order) return dot__npy_fetch(file, (char *)out, NULL);
+    return dot__file_read(&file->in, file->data_begin, out, bytes);
+}
+
+bool dot_npy_read_double(dot_npy *file, double *out, int64_t count)
+{
+    return file && dot__npy_room(file, "dot_npy_read_double", out, count, file->count, "elements") &&
+           dot__npy_fetch(file, NULL, out);
+}
+
+/* {'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }, numpy.save's spaces, and a newline so that the data begin at
+   a multiple of 64 bytes. Returns its length; version, length and all. */
+static size_t dot__npy_header(char *out, size_t room, dot_dtype dtype, int rank, const int64_t *shape)
+{
+    dot__json_text text = { out + 10, 0 };
+    size_t growth = DOT__NPY_GROWTH;
+    memset(out, ' ', room);
+    memcpy(out, "\x93NUMPY\1", 8);
+    dot__put(&text, dtype == DOT_U8 ? "{'descr': '|" : "{'descr': '<");
+    dot__put(&text, dot__npy_types[dtype].name);
+    dot__put(&text, "', 'fortran_order': False, 'shape': (");
+    for (int i = 0; i < rank; ++i) {
+        uint64_t begin = text.length;
+        if (i) dot__put(&text, ", ");
+        dot__put_integer(&text, shape[i]);
+        if (i == 0) growth -= (size_t)(text.length - begin);
+        if (rank == 1) dot__put(&text, ",");
+    }
+    dot__put(&text, "), }");
+    size_t length = 10 + (size_t)text.length + (rank > 0 ? growth : 0) + 1;
+    length = (length + 63) / 64 * 64;
+    out[8] = (char)(unsigned char)((length - 10) & 255);
+    out[9] = (char)(unsigned char)((length - 10) >> 8);
+    out[length - 1] = '\n';
+    return length;
+}
+
+bool dot_npy_write(dot_context *ctx, const char *path, dot_dtype dtype, int rank, const int64_t *shape,
+                   const void *data)
+{
+    static const char function[] = "dot_npy_write";
+    char header[512];
+    dot_safetensors_item item;
+    dot__draft draft;
+    if (!ctx) return false;
+    ctx->function = function;
+    if (!path || (rank > 0 && !shape)) {
+        dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: path is %s, shape is %s; expected both", function, path ? path : "NULL",
+                  shape ? "given" : "NULL");
+        return false;
+    }
+    memset(&item, 0, sizeof item);
+    item.name = "array";
+    item.dtype = dtype;
+    item.rank = rank;
+    item.data = data;
+    for (int i = 0; i < rank && i < DOT_MAX_RANK; ++i) item.shape[i] = shape[i];
+    if (!dot__item_check(ctx, function, &item, 0, false)) return false;
+    size_t length = dot__npy_header(header, sizeof header, dtype, rank, item.shape);
+    return dot__draft_open(&draft, ctx, function, path) &&
+           dot__draft_close(&draft, dot__draft_write(&draft, header, length) &&
+                                    dot__st_put_data(&draft, data, (size_t)dot__item_bytes(&item), dot_dtype_size(dtype)));
 }
 
 /* ---- datasets ---- */
@@ -16377,6 +16794,1745 @@ bool dot_state_load(const char *path, dot_state *state)
     dot__list_free(&list);
     dot_safetensors_close(file);
     return ok;
+}
+
+/* ==== [13 logs] ==================================================================================== */
+
+#define DOT__MAGIC_LOGGER 0xd07c1301u
+#define DOT__LOG_TAG 255            /* bytes of a tag or key */
+#define DOT__LOG_BINS 512           /* W&B draws no more */
+#define DOT__LOG_NAME 512           /* bytes of what follows the folder in a path */
+
+/* ---- the operating system ---- */
+
+#ifdef _WIN32
+#include <direct.h>
+#include <sys/timeb.h>
+
+static int dot__os_open_log(const char *path)
+{
+    return _open(path, _O_RDWR | _O_CREAT | _O_APPEND | _O_BINARY | _O_NOINHERIT, _S_IREAD | _S_IWRITE);
+}
+
+static bool dot__os_truncate(int fd, int64_t size)  { return _chsize_s(fd, size) == 0; }
+static bool dot__os_make_folder(const char *path)   { return _mkdir(path) == 0; }
+static void dot__os_host(char *out, size_t room)
+{
+    const char *host = getenv("COMPUTERNAME");
+    snprintf(out, room, "%s", host ? host : "localhost");
+}
+
+static double dot__os_time(void *user)
+{
+    struct __timeb64 now;
+    (void)user;
+    _ftime64(&now);
+    return (double)now.time + now.millitm * 1e-3;
+}
+
+#else
+#include <sys/time.h>
+#include <sys/utsname.h>
+
+/* glibc hides it under -std=c99; this is what <unistd.h> says otherwise. */
+#if defined(__GLIBC__) && !defined(__cplusplus) && \
+    !(defined(__USE_POSIX199309) || defined(__USE_XOPEN_EXTENDED) || defined(__USE_XOPEN2K))
+#ifdef __USE_FILE_OFFSET64
+extern int ftruncate64(int fd, off_t size);
+#define DOT__FTRUNCATE ftruncate64
+#else
+extern int ftruncate(int fd, off_t size);
+#endif
+#endif
+#ifndef DOT__FTRUNCATE
+#define DOT__FTRUNCATE ftruncate
+#endif
+
+static int dot__os_open_log(const char *path)
+{
+    int mode = O_RDWR | O_CREAT | O_APPEND | O_NONBLOCK;
+#ifdef O_CLOEXEC
+    mode |= O_CLOEXEC;
+#endif
+    return open(path, mode, 0666);
+}
+
+static bool dot__os_truncate(int fd, int64_t size)  { return DOT__FTRUNCATE(fd, (off_t)size) == 0; }
+static bool dot__os_make_folder(const char *path)   { return mkdir(path, 0777) == 0; }
+static void dot__os_host(char *out, size_t room)
+{
+    struct utsname system;
+    snprintf(out, room, "%s", uname(&system) >= 0 ? system.nodename : "localhost");
+}
+
+static double dot__os_time(void *user)
+{
+    struct timeval now;
+    (void)user;
+    gettimeofday(&now, NULL);
+    return (double)now.tv_sec + (double)now.tv_usec * 1e-6;
+}
+#endif
+
+/* ---- bytes that grow, and never shrink ---- */
+
+typedef struct dot__bytes {
+    dot_context *ctx;
+    unsigned char *data;
+    size_t size, room;
+    bool lost;                      /* memory ran short (the error is set): the contents are incomplete */
+} dot__bytes;
+
+static void dot__bytes_reset(dot__bytes *b)
+{
+    b->size = 0;
+    b->lost = false;
+}
+
+/* Room for `count` more bytes; NULL when there is none. */
+static unsigned char *dot__bytes_add(dot__bytes *b, size_t count)
+{
+    if (b->lost) return NULL;
+    if (count > b->room - b->size) {
+        size_t room = 2 * (b->size + count) + 1024;
+        bool fits = count <= SIZE_MAX / 4 && b->size <= SIZE_MAX / 8;
+        unsigned char *grown = (unsigned char *)(fits ? dot__new(b->ctx, room) : NULL);
+        if (!grown) {
+            if (!fits) dot__out_of_memory(b->ctx, count);
+            b->lost = true;
+            return NULL;
+        }
+        if (b->size > 0) memcpy(grown, b->data, b->size);
+        dot__delete(b->ctx, b->data);
+        b->data = grown;
+        b->room = room;
+    }
+    b->size += count;
+    return b->data + b->size - count;
+}
+
+static void dot__bytes_put(dot__bytes *b, const void *from, size_t count)
+{
+    unsigned char *to = dot__bytes_add(b, count);
+    if (to && count > 0) memcpy(to, from, count);
+}
+
+static void dot__bytes_text(dot__bytes *b, const char *text) { dot__bytes_put(b, text, strlen(text)); }
+
+/* ---- JSON ---- */
+
+static void dot__log_string(dot__bytes *b, const char *text)
+{
+    dot__bytes_text(b, "\"");
+    for (const char *at = text; *at; ++at) {
+        char code[8] = { *at, 0 };
+        if (*at == '"' || *at == '\\') dot__bytes_text(b, "\\");
+        if ((unsigned char)*at < 0x20) snprintf(code, sizeof code, "\\u%04x", (unsigned)(unsigned char)*at);
+        dot__bytes_text(b, code);
+    }
+    dot__bytes_text(b, "\"");
+}
+
+static void dot__log_integer(dot__bytes *b, int64_t value)
+{
+    char text[32];
+    snprintf(text, sizeof text, DOT__I64, DOT__LL(value));
+    dot__bytes_text(b, text);
+}
+
+static const char *dot__log_nonfinite(double value)
+{
+    return value != value ? "NaN" : value > DBL_MAX ? "Infinity" : value < -DBL_MAX ? "-Infinity" : NULL;
+}
+
+/* The fewest of 15 to 17 digits that bring back the same double, with a point in any locale; `other` if it is not finite. */
+static void dot__log_number(dot__bytes *b, double value, const char *other)
+{
+    char text[48];
+    if (dot__log_nonfinite(value)) {
+        dot__bytes_text(b, other);
+        return;
+    }
+    for (int digits = 15; digits <= 17; ++digits) {
+        snprintf(text, sizeof text, "%.*g", digits, value);
+        if (strtod(text, NULL) == value) break;
+    }
+    for (const char *at = text; *at;) {
+        size_t plain = strspn(at, "0123456789+-e");
+        dot__bytes_put(b, at, plain);
+        at += plain;
+        if (*at) dot__bytes_text(b, ".");
+        at += strcspn(at, "0123456789+-e");
+    }
+}
+
+static void dot__log_key(dot__bytes *b, const char *key)
+{
+    dot__bytes_text(b, ",");
+    dot__log_string(b, key);
+    dot__bytes_text(b, ":");
+}
+
+static void dot__log_put_integer(dot__bytes *b, const char *key, int64_t value)
+{
+    dot__log_key(b, key);
+    dot__log_integer(b, value);
+}
+
+static void dot__log_put_string(dot__bytes *b, const char *key, const char *text)
+{
+    if (!text) return;
+    dot__log_key(b, key);
+    dot__log_string(b, text);
+}
+
+static void dot__log_put_number(dot__bytes *b, const char *key, double value)
+{
+    dot__log_key(b, key);
+    dot__log_number(b, value, "null");
+}
+
+/* ---- protocol buffers (their wire format: varints; fields as number << 3 | type; type 0 varint, 1 eight bytes, 2 length and
+   bytes, 5 four bytes) ---- */
+
+static void dot__pb_varint(dot__bytes *b, uint64_t value)
+{
+    unsigned char code[10];
+    size_t n = 0;
+    do code[n++] = (unsigned char)((value & 127) | (value > 127 ? 128 : 0)); while (value >>= 7);
+    dot__bytes_put(b, code, n);
+}
+
+static void dot__put_little(dot__bytes *b, uint64_t value, size_t count)
+{
+    unsigned char *to = dot__bytes_add(b, count);
+    for (size_t i = 0; to && i < count; ++i) to[i] = (unsigned char)(value >> 8 * i & 255);
+}
+
+static void dot__pb_integer(dot__bytes *b, uint32_t field, int64_t value)
+{
+    dot__pb_varint(b, (uint64_t)field << 3);
+    dot__pb_varint(b, (uint64_t)value);
+}
+
+static void dot__put_double(dot__bytes *b, double value)
+{
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    dot__put_little(b, bits, 8);
+}
+
+static void dot__pb_double(dot__bytes *b, uint32_t field, double value)
+{
+    dot__pb_varint(b, (uint64_t)field << 3 | 1);
+    dot__put_double(b, value);
+}
+
+static void dot__pb_float(dot__bytes *b, uint32_t field, double value)
+{
+    float single = value > FLT_MAX || value < -FLT_MAX ? (value > 0 ? INFINITY : -INFINITY) : (float)value;
+    uint32_t bits;
+    memcpy(&bits, &single, sizeof bits);
+    dot__pb_varint(b, (uint64_t)field << 3 | 5);
+    dot__put_little(b, bits, 4);
+}
+
+static void dot__pb_bytes(dot__bytes *b, uint32_t field, const void *from, size_t count)
+{
+    dot__pb_varint(b, (uint64_t)field << 3 | 2);
+    dot__pb_varint(b, count);
+    dot__bytes_put(b, from, count);
+}
+
+static void dot__pb_text(dot__bytes *b, uint32_t field, const char *text)
+{
+    if (text) dot__pb_bytes(b, field, text, strlen(text));
+}
+
+/* What is put between begin and end is one field; its length goes before it when it is known. */
+static size_t dot__pb_begin(dot__bytes *b, uint32_t field)
+{
+    dot__pb_varint(b, (uint64_t)field << 3 | 2);
+    return b->size;
+}
+
+static void dot__pb_end(dot__bytes *b, size_t begin)
+{
+    if (b->lost) return;
+    size_t count = b->size - begin;
+    dot__pb_varint(b, count);                               /* at the end, to learn its size */
+    if (b->lost) return;
+    unsigned char code[10];
+    size_t n = b->size - begin - count;
+    memcpy(code, b->data + begin + count, n);
+    memmove(b->data + begin + n, b->data + begin, count);
+    memcpy(b->data + begin, code, n);
+}
+
+static bool dot__pb_read_varint(const unsigned char **at, const unsigned char *end, uint64_t *value)
+{
+    *value = 0;
+    for (int shift = 0; *at < end && shift < 64; shift += 7) {
+        unsigned char byte = *(*at)++;
+        *value |= (uint64_t)(byte & 127) << shift;
+        if (byte < 128) return true;
+    }
+    return false;
+}
+
+/* The next field: its number and type, its value (varint, length of a type 2), and where its bytes are. */
+static bool dot__pb_read(const unsigned char **at, const unsigned char *end, uint64_t *tag, uint64_t *value,
+                         const unsigned char **body)
+{
+    if (!dot__pb_read_varint(at, end, tag)) return false;
+    unsigned type = (unsigned)(*tag & 7);
+    *value = type == 1 ? 8 : 4;
+    if (type != 0 && type != 1 && type != 2 && type != 5) return false;
+    if (type != 1 && type != 5 && !dot__pb_read_varint(at, end, value)) return false;
+    *body = *at;
+    if (type == 0) return true;
+    if (*value > (uint64_t)(end - *at)) return false;
+    *at += *value;
+    return true;
+}
+
+/* ---- checksums ---- */
+
+enum { DOT__CRC32C, DOT__CRC32, DOT__CRCS };      /* TensorBoard's, Castagnoli's polynomial; W&B's, that of zip and PNG */
+
+static void dot__crc_table(uint32_t *table, uint32_t polynomial)
+{
+    for (uint32_t byte = 0; byte < 256; ++byte) {
+        uint32_t crc = byte;
+        for (int bit = 0; bit < 8; ++bit) crc = crc >> 1 ^ (crc & 1 ? polynomial : 0);
+        table[byte] = crc;
+    }
+}
+
+static uint32_t dot__crc(const uint32_t *table, const unsigned char *bytes, size_t count)
+{
+    uint32_t crc = 0xffffffffu;
+    for (size_t i = 0; i < count; ++i) crc = crc >> 8 ^ table[(crc ^ bytes[i]) & 255];
+    return ~crc;
+}
+
+/* One block of SHA-256 (FIPS 180-4, 6.2.2). */
+static void dot__sha256_block(uint32_t h[8], const unsigned char block[64])
+{
+    static const uint32_t k[64] = {
+        0x428a2f98u, 0x71374491u, 0xb5c0fbcfu, 0xe9b5dba5u, 0x3956c25bu, 0x59f111f1u, 0x923f82a4u, 0xab1c5ed5u,
+        0xd807aa98u, 0x12835b01u, 0x243185beu, 0x550c7dc3u, 0x72be5d74u, 0x80deb1feu, 0x9bdc06a7u, 0xc19bf174u,
+        0xe49b69c1u, 0xefbe4786u, 0x0fc19dc6u, 0x240ca1ccu, 0x2de92c6fu, 0x4a7484aau, 0x5cb0a9dcu, 0x76f988dau,
+        0x983e5152u, 0xa831c66du, 0xb00327c8u, 0xbf597fc7u, 0xc6e00bf3u, 0xd5a79147u, 0x06ca6351u, 0x14292967u,
+        0x27b70a85u, 0x2e1b2138u, 0x4d2c6dfcu, 0x53380d13u, 0x650a7354u, 0x766a0abbu, 0x81c2c92eu, 0x92722c85u,
+        0xa2bfe8a1u, 0xa81a664bu, 0xc24b8b70u, 0xc76c51a3u, 0xd192e819u, 0xd6990624u, 0xf40e3585u, 0x106aa070u,
+        0x19a4c116u, 0x1e376c08u, 0x2748774cu, 0x34b0bcb5u, 0x391c0cb3u, 0x4ed8aa4au, 0x5b9cca4fu, 0x682e6ff3u,
+        0x748f82eeu, 0x78a5636fu, 0x84c87814u, 0x8cc70208u, 0x90befffau, 0xa4506cebu, 0xbef9a3f7u, 0xc67178f2u };
+    uint32_t w[64], s[8];
+#define DOT__ROTATE(x, n) ((x) >> (n) | (x) << (32 - (n)))
+    for (int i = 0; i < 64; ++i) {
+        const unsigned char *at = block + 4 * i;
+        if (i < 16) {
+            w[i] = (uint32_t)at[0] << 24 | (uint32_t)at[1] << 16 | (uint32_t)at[2] << 8 | at[3];
+            continue;
+        }
+        uint32_t a = w[i - 15], b = w[i - 2];
+        w[i] = w[i - 16] + w[i - 7] + (DOT__ROTATE(a, 7) ^ DOT__ROTATE(a, 18) ^ a >> 3)
+             + (DOT__ROTATE(b, 17) ^ DOT__ROTATE(b, 19) ^ b >> 10);
+    }
+    memcpy(s, h, sizeof s);
+    for (int i = 0; i < 64; ++i) {
+        uint32_t t1 = s[7] + (DOT__ROTATE(s[4], 6) ^ DOT__ROTATE(s[4], 11) ^ DOT__ROTATE(s[4], 25))
+                    + ((s[4] & s[5]) ^ (~s[4] & s[6])) + k[i] + w[i];
+        uint32_t t2 = (DOT__ROTATE(s[0], 2) ^ DOT__ROTATE(s[0], 13) ^ DOT__ROTATE(s[0], 22))
+                    + ((s[0] & s[1]) ^ (s[0] & s[2]) ^ (s[1] & s[2]));
+        memmove(s + 1, s, 7 * sizeof *s);
+        s[4] += t1;
+        s[0] = t1 + t2;
+    }
+#undef DOT__ROTATE
+    for (int i = 0; i < 8; ++i) h[i] += s[i];
+}
+
+/* SHA-256 as 64 hexadecimal digits. */
+static void dot__sha256(const unsigned char *bytes, size_t count, char hex[65])
+{
+    uint32_t h[8] = { 0x6a09e667u, 0xbb67ae85u, 0x3c6ef372u, 0xa54ff53au,
+                      0x510e527fu, 0x9b05688cu, 0x1f83d9abu, 0x5be0cd19u };
+    unsigned char last[128] = { 0 };
+    size_t rest = count % 64, padded = rest < 56 ? 64 : 128;
+    for (size_t at = 0; at + 64 <= count; at += 64) dot__sha256_block(h, bytes + at);
+    if (rest > 0) memcpy(last, bytes + count - rest, rest);
+    last[rest] = 0x80;
+    for (size_t i = 0; i < 8; ++i) last[padded - 1 - i] = (unsigned char)((uint64_t)count * 8 >> 8 * i & 255);
+    for (size_t at = 0; at < padded; at += 64) dot__sha256_block(h, last + at);
+    for (int i = 0; i < 8; ++i) snprintf(hex + 8 * i, 9, "%08lx", (unsigned long)h[i]);
+}
+
+/* ---- the logger ---- */
+
+typedef struct dot__sink {          /* a file that only grows by whole records */
+    char *path;
+    int fd;                         /* -1: not open */
+    int64_t size;                   /* of its whole records */
+    bool torn;                      /* more than that is in the file, and could not be cut off yet */
+} dot__sink;
+
+enum { DOT__SINK_JSON, DOT__SINK_EVENTS, DOT__SINK_WANDB, DOT__SINKS };
+
+typedef struct dot__log_last { size_t name; double value; } dot__log_last;     /* a tag's last scalar; name: where in `names` */
+
+struct dot_logger {
+    dot_context *ctx;
+    dot_logger *next;               /* open log of the context */
+    const char *function;           /* in which it is, for messages */
+    char *folder, *name, *project, *group;
+    char *path;                     /* scratch: room for the folder and DOT__LOG_NAME */
+    size_t path_room;
+    char id[65], host[65];
+    bool tensorboard, wandb;
+    int bins;
+    double (*clock)(void *user);
+    void *clock_user;
+    double time;                    /* of the present record */
+    int64_t began, events;          /* seconds: of the run's first start; in the name of the event file */
+    double origin;                  /* from which the run's time is counted: its first start, as exactly as it is known */
+    dot__sink sink[DOT__SINKS];
+    dot__bytes text, proto, frame;  /* the present record: as JSON, as a message, and framed */
+
+    dot__bytes parameters;          /* TensorBoard's hyperparameters, until they are written */
+    bool parameters_written;
+
+    int64_t record;                 /* W&B: the number of the last record, */
+    int64_t row_step;               /* of the open or last row, -1: none yet, */
+    double row_time;                /* of the last record in it, */
+    dot__bytes row;                 /* the open row, */
+    bool row_late, row_told;        /* the last one was left out, and that was told; */
+    dot__bytes lasts, names;        /* for its summary */
+    bool lasts_changed;
+    uint32_t crc[DOT__CRCS][256];
+};
+
+dot_logger_options dot_logger_defaults(void)
+{
+    dot_logger_options o;
+    memset(&o, 0, sizeof o);
+    o.magic = DOT__MAGIC_LOGGER;
+    o.project = "dotopt";
+    o.tensorboard = o.wandb = true;
+    o.resume_step = -1;
+    o.histogram_bins = 64;
+    o.clock = dot__os_time;
+    return o;
+}
+
+static bool dot__log_fail(dot_logger *log, const char *what, const char *path)
+{
+    dot__fail(log->ctx, DOT_ERROR_FILE, "%s: cannot %s %s: %s", log->function, what, path, dot__file_reason());
+    return false;
+}
+
+static const char *dot__log_path(dot_logger *log, const char *name)
+{
+    snprintf(log->path, log->path_room, "%s/%s", log->folder, name);
+    return log->path;
+}
+
+/* Makes the folders above the last slash of log->path. */
+static bool dot__log_make_folders(dot_logger *log)
+{
+    for (char *at = log->path + 1, *parent = NULL; (at = strchr(at, '/')) != NULL; parent = at++) {
+        *at = 0;
+        bool made = dot__os_make_folder(log->path), there = made || errno == EEXIST || errno == EISDIR;
+        there = there || errno == EACCES || errno == EROFS;     /* or perhaps: opening a file in it tells */
+        if (!there) dot__log_fail(log, "make the folder", log->path);
+        if (made && parent) *parent = 0;
+        if (made) dot__os_sync_folder(parent ? log->path : ".");
+        if (made && parent) *parent = '/';
+        *at = '/';
+        if (!there) return false;
+    }
+    return true;
+}
+
+/* Makes renames and new names in the folder of log->path last. */
+static bool dot__log_sync_folder(dot_logger *log)
+{
+    char *slash = strrchr(log->path, '/');
+    *slash = 0;
+    return dot__os_sync_folder(log->path) || dot__log_fail(log, "flush the folder", log->path);
+}
+
+/* Opens log->path to append to it, and learns its size. */
+static bool dot__sink_open(dot_logger *log, dot__sink *sink)
+{
+    sink->path = (char *)dot__new(log->ctx, strlen(log->path) + 1);
+    if (!sink->path || !dot__log_make_folders(log)) return false;
+    strcpy(sink->path, log->path);
+    sink->fd = dot__os_open_log(sink->path);
+    if (sink->fd < 0) return dot__log_fail(log, "open", sink->path);
+    if (dot__os_size(sink->fd, &sink->size)) return true;
+    dot__fail(log->ctx, DOT_ERROR_FILE, "%s: %s: not a regular file", log->function, sink->path);
+    return false;
+}
+
+/* Appends a whole record, or nothing. */
+static bool dot__sink_write(dot_logger *log, int which, const dot__bytes *record)
+{
+    dot__sink *sink = &log->sink[which];
+    if (record->lost) return false;
+    if (sink->torn && !dot__os_truncate(sink->fd, sink->size)) return dot__log_fail(log, "write", sink->path);
+    sink->torn = false;
+    for (size_t done = 0; done < record->size;) {
+        size_t left = record->size - done;
+        int64_t n = dot__os_write(sink->fd, record->data + done, left < DOT__IO_CHUNK ? left : DOT__IO_CHUNK);
+        if (n < 0 && errno == EINTR) continue;
+        if (n == 0) errno = ENOSPC;
+        if (n <= 0) {
+            dot__log_fail(log, "write", sink->path);
+            sink->torn = done > 0 && !dot__os_truncate(sink->fd, sink->size);
+            return false;
+        }
+        done += (size_t)n;
+    }
+    sink->size += (int64_t)record->size;
+    return true;
+}
+
+static void dot__sink_cut(dot__sink *sink, int64_t size)
+{
+    sink->torn = sink->size > size;             /* and the next write does it */
+    sink->size = size;
+}
+
+static void dot__log_delete(dot_logger *log)
+{
+    dot_context *ctx = log->ctx;
+    dot__bytes *buffers[] = { &log->text, &log->proto, &log->frame, &log->parameters, &log->row, &log->lasts, &log->names };
+    dot_logger **link = &ctx->loggers;
+    while (*link != log) link = &(*link)->next;
+    *link = log->next;
+    for (int i = 0; i < DOT__SINKS; ++i) {
+        if (log->sink[i].fd >= 0) dot__os_close(log->sink[i].fd);
+        dot__delete(ctx, log->sink[i].path);
+    }
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; ++i) dot__delete(ctx, buffers[i]->data);
+    dot__delete(ctx, log->folder);
+    dot__delete(ctx, log->name);
+    dot__delete(ctx, log->project);
+    dot__delete(ctx, log->group);
+    dot__delete(ctx, log->path);
+    dot__delete(ctx, log);
+}
+
+/* ---- JSON lines ---- */
+
+/* Begins a public call, and its record: {"kind":...,"time":... */
+static void dot__log_begin(dot_logger *log, const char *function, const char *kind)
+{
+    char time[40];
+    log->ctx->function = log->function = function;
+    log->time = log->clock(log->clock_user);
+    if (!(log->time >= 0 && log->time < 1e11)) log->time = 0;
+    int64_t micro = (int64_t)floor(log->time * 1e6 + 0.5);
+    snprintf(time, sizeof time, ",\"time\":" DOT__I64 ".%06d", DOT__LL(micro / 1000000), (int)(micro % 1000000));
+    dot__bytes_reset(&log->text);
+    dot__bytes_text(&log->text, "{\"kind\":");
+    dot__log_string(&log->text, kind);
+    dot__bytes_text(&log->text, time);
+}
+
+static bool dot__log_end(dot_logger *log)
+{
+    dot__bytes_text(&log->text, "}\n");
+    return dot__sink_write(log, DOT__SINK_JSON, &log->text);
+}
+
+/* ---- TensorBoard (tensorboard/compat/proto: event, summary, tensor; hparams/plugin_data) ---- */
+
+/* An event begins with the time; a step of 0 is not written. */
+static void dot__event_begin(dot_logger *log, int64_t step)
+{
+    dot__bytes_reset(&log->proto);
+    dot__pb_double(&log->proto, 1, log->time);
+    if (step > 0) dot__pb_integer(&log->proto, 2, step);
+}
+
+static uint32_t dot__event_crc(const dot_logger *log, const unsigned char *bytes, size_t count)
+{
+    uint32_t crc = dot__crc(log->crc[DOT__CRC32C], bytes, count);
+    return (crc >> 15 | crc << 17) + 0xa282ead8u;
+}
+
+/* TFRecord: length, its checksum, the event, its checksum. */
+static bool dot__event_end(dot_logger *log)
+{
+    dot__bytes *frame = &log->frame;
+    if (log->proto.lost) return false;
+    dot__bytes_reset(frame);
+    dot__put_little(frame, log->proto.size, 8);
+    if (!frame->lost) dot__put_little(frame, dot__event_crc(log, frame->data, 8), 4);
+    dot__bytes_put(frame, log->proto.data, log->proto.size);
+    dot__put_little(frame, dot__event_crc(log, log->proto.data, log->proto.size), 4);
+    return dot__sink_write(log, DOT__SINK_EVENTS, frame);
+}
+
+typedef struct dot__marks { size_t summary, value; } dot__marks;
+
+/* One value of an event's summary. */
+static dot__marks dot__value_begin(dot__bytes *b, const char *tag, const char *suffix)
+{
+    dot__marks marks;
+    marks.summary = dot__pb_begin(b, 5);
+    marks.value = dot__pb_begin(b, 1);
+    size_t name = dot__pb_begin(b, 1);
+    dot__bytes_text(b, tag);
+    dot__bytes_text(b, suffix);
+    dot__pb_end(b, name);
+    return marks;
+}
+
+static bool dot__value_end(dot_logger *log, dot__marks marks)
+{
+    dot__pb_end(&log->proto, marks.value);
+    dot__pb_end(&log->proto, marks.summary);
+    return dot__event_end(log);
+}
+
+/* A tensor of rank 1. */
+static void dot__event_tensor(dot__bytes *b, int dtype, int64_t size, const char *text)
+{
+    size_t tensor = dot__pb_begin(b, 8);
+    dot__pb_integer(b, 1, dtype);
+    size_t shape = dot__pb_begin(b, 2), dim = dot__pb_begin(b, 2);
+    if (size > 0) dot__pb_integer(b, 1, size);
+    dot__pb_end(b, dim);
+    dot__pb_end(b, shape);
+    dot__pb_text(b, 8, text);
+    dot__pb_end(b, tensor);
+}
+
+/* The hparams plugin's start or end of the session; `content` is the field of HParamsPluginData. */
+static bool dot__event_session(dot_logger *log, const char *tag, uint32_t content, int status)
+{
+    dot__bytes *b = &log->proto;
+    dot__event_begin(log, 0);
+    dot__marks marks = dot__value_begin(b, tag, "");
+    dot__event_tensor(b, 1, 0, NULL);
+    size_t metadata = dot__pb_begin(b, 9), plugin = dot__pb_begin(b, 1);
+    dot__pb_text(b, 1, "hparams");
+    size_t data = dot__pb_begin(b, 2), session = dot__pb_begin(b, content);
+    if (status == 0) {                                      /* start */
+        dot__bytes_put(b, log->parameters.data, log->parameters.size);
+        dot__pb_text(b, 4, log->group);
+        dot__pb_double(b, 5, (double)log->began);
+    } else {                                                /* end */
+        dot__pb_integer(b, 1, status);
+        dot__pb_double(b, 2, log->time);
+    }
+    dot__pb_end(b, session);
+    dot__pb_end(b, data);
+    dot__pb_end(b, plugin);
+    dot__pb_end(b, metadata);
+    return dot__value_end(log, marks);
+}
+
+/* Before the first record with a step, and at the end. */
+static bool dot__event_parameters(dot_logger *log)
+{
+    if (!log->tensorboard || log->parameters_written) return true;
+    log->parameters_written = true;
+    return log->parameters.size == 0 || dot__event_session(log, "_hparams_/session_start_info", 3, 0);
+}
+
+/* events.out.tfevents.SECONDS.HOST.PROCESS.0: TensorBoard reads the files of a folder in the order of their names. */
+static bool dot__events_open(dot_logger *log, const dot_logger_options *o, bool resumed)
+{
+    char name[DOT__LOG_NAME];
+    snprintf(name, sizeof name, "events.out.tfevents.%010lld.%s.%ld.0", DOT__LL(log->events), log->host, dot__os_process());
+    dot__log_path(log, name);
+    if (!dot__sink_open(log, &log->sink[DOT__SINK_EVENTS])) return false;
+    dot__event_begin(log, 0);
+    dot__pb_text(&log->proto, 3, "brain.Event:2");
+    if (!dot__event_end(log)) return false;
+    if (!resumed || o->resume_step < 0) return true;
+    dot__event_begin(log, o->resume_step);
+    size_t session = dot__pb_begin(&log->proto, 7);         /* SessionLog START: earlier events from this step on are void */
+    dot__pb_integer(&log->proto, 1, 1);
+    dot__pb_end(&log->proto, session);
+    return dot__event_end(log);
+}
+
+/* ---- W&B (wandb/proto/wandb_internal.proto; the frame is LevelDB's log format with a checksum of its own) ---- */
+
+#define DOT__WANDB_BLOCK 32768
+#define DOT__WANDB_CHUNK 7          /* bytes before a piece: CRC-32 of type and piece, length, type */
+
+static const unsigned char dot__wandb_magic[7] = { ':', 'W', '&', 'B', 0xe1, 0xbe, 0 };
+
+static void dot__record_begin(dot_logger *log)
+{
+    dot__bytes_reset(&log->proto);
+    dot__pb_integer(&log->proto, 1, ++log->record);
+}
+
+/* Pieces do not cross the blocks of the file; types 1 whole, 2 first, 3 middle, 4 last. */
+static bool dot__record_end(dot_logger *log)
+{
+    dot__bytes *frame = &log->frame;
+    size_t done = 0, size = log->proto.size;
+    bool first = true, last = false;
+    int64_t begin = log->sink[DOT__SINK_WANDB].size;
+    if (log->proto.lost) return false;
+    dot__bytes_reset(frame);
+    if (begin == 0) dot__bytes_put(frame, dot__wandb_magic, sizeof dot__wandb_magic);
+    for (; !last; first = false) {
+        size_t room = DOT__WANDB_BLOCK - (size_t)((begin + (int64_t)frame->size) % DOT__WANDB_BLOCK);
+        if (room < DOT__WANDB_CHUNK) {
+            dot__put_little(frame, 0, room);
+            room = DOT__WANDB_BLOCK;
+        }
+        last = size - done <= room - DOT__WANDB_CHUNK;
+        size_t part = last ? size - done : room - DOT__WANDB_CHUNK;         /* 0 where the head alone fills the block */
+        unsigned char *head = dot__bytes_add(frame, DOT__WANDB_CHUNK + part);
+        if (!head) return false;
+        head[4] = (unsigned char)(part & 255);
+        head[5] = (unsigned char)(part >> 8);
+        head[6] = (unsigned char)(first ? (last ? 1 : 2) : (last ? 4 : 3));
+        memcpy(head + DOT__WANDB_CHUNK, log->proto.data + done, part);
+        uint32_t crc = dot__crc(log->crc[DOT__CRC32], head + 6, part + 1);
+        for (int i = 0; i < 4; ++i) head[i] = (unsigned char)(crc >> 8 * i & 255);
+        done += part;
+    }
+    return dot__sink_write(log, DOT__SINK_WANDB, frame);
+}
+
+/* {key, value_json}: begins one of a config, history or summary record; dot__item_end ends it. */
+static dot__marks dot__item_begin(dot__bytes *b, const char *key)
+{
+    dot__marks marks;
+    marks.summary = dot__pb_begin(b, 1);
+    dot__pb_text(b, 1, key);
+    marks.value = dot__pb_begin(b, 16);
+    return marks;
+}
+
+static void dot__item_end(dot__bytes *b, dot__marks marks)
+{
+    dot__pb_end(b, marks.value);
+    dot__pb_end(b, marks.summary);
+}
+
+static void dot__item_json(dot__bytes *b, double value)
+{
+    char other[16];
+    const char *name = dot__log_nonfinite(value);
+    snprintf(other, sizeof other, "\"%s\"", name ? name : "");
+    dot__log_number(b, value, other);                       /* W&B knows these three strings */
+}
+
+static void dot__item_number(dot__bytes *b, const char *key, double value)
+{
+    dot__marks marks = dot__item_begin(b, key);
+    dot__item_json(b, value);
+    dot__item_end(b, marks);
+}
+
+/* Writes the open row, if there is one. */
+static bool dot__row_write(dot_logger *log)
+{
+    dot__bytes *b = &log->proto;
+    if (log->row.size == 0) return true;
+    bool good = !log->row.lost;
+    if (good) {
+        dot__record_begin(log);
+        size_t history = dot__pb_begin(b, 2), step = dot__pb_begin(b, 2);
+        dot__pb_integer(b, 1, log->row_step);
+        dot__pb_end(b, step);
+        dot__bytes_put(b, log->row.data, log->row.size);
+        dot__item_number(b, "_step", (double)log->row_step);
+        dot__item_number(b, "_timestamp", log->row_time);
+        dot__item_number(b, "_runtime", log->row_time - log->origin);
+        dot__pb_end(b, history);
+        good = dot__record_end(log);
+    }
+    dot__bytes_reset(&log->row);
+    return good;
+}
+
+/* Makes `step` the open row's. */
+static bool dot__row_begin(dot_logger *log, int64_t step)
+{
+    log->row_late = step < log->row_step;
+    if (log->row_late && !log->row_told) {
+        dot__log(log->ctx, "%s: step " DOT__I64 " after step " DOT__I64 " is left out of the W&B file, whose steps must not "
+                 "fall", log->function, DOT__LL(step), DOT__LL(log->row_step));
+        log->row_told = true;
+    }
+    if (log->row_late) return true;
+    bool good = step == log->row_step || dot__row_write(log);
+    log->row_step = step;
+    log->row_time = log->time;
+    return good;
+}
+
+/* Remembers a tag's last scalar. */
+static bool dot__summary_set(dot_logger *log, const char *tag, double value)
+{
+    dot__log_last last, *known = (dot__log_last *)(void *)log->lasts.data;
+    size_t count = log->lasts.size / sizeof *known, i = 0;
+    while (i < count && strcmp((const char *)log->names.data + known[i].name, tag) != 0) ++i;
+    log->lasts_changed = true;
+    if (i < count) {
+        known[i].value = value;
+        return true;
+    }
+    last.name = log->names.size;
+    last.value = value;
+    dot__bytes_put(&log->names, tag, strlen(tag) + 1);
+    if (!log->names.lost) dot__bytes_put(&log->lasts, &last, sizeof last);
+    bool good = !log->names.lost && !log->lasts.lost;
+    log->names.lost = log->lasts.lost = false;              /* what they had is whole */
+    return good;
+}
+
+static bool dot__summary_write(dot_logger *log)
+{
+    dot__bytes *b = &log->proto;
+    const dot__log_last *known = (const dot__log_last *)(const void *)log->lasts.data;
+    if (!log->lasts_changed) return true;
+    dot__record_begin(log);
+    size_t summary = dot__pb_begin(b, 3);
+    for (size_t i = 0; i < log->lasts.size / sizeof *known; ++i)
+        dot__item_number(b, (const char *)log->names.data + known[i].name, known[i].value);
+    dot__item_number(b, "_step", (double)log->row_step);
+    dot__item_number(b, "_timestamp", log->time);
+    dot__item_number(b, "_runtime", log->time - log->origin);
+    dot__pb_end(b, summary);
+    log->lasts_changed = false;
+    return dot__record_end(log);
+}
+
+static bool dot__wandb_run(dot_logger *log)
+{
+    dot__bytes *b = &log->proto;
+    dot__record_begin(log);
+    size_t run = dot__pb_begin(b, 17);
+    dot__pb_text(b, 1, log->id);
+    dot__pb_text(b, 3, log->project);
+    dot__pb_text(b, 6, log->group);
+    dot__pb_text(b, 8, log->name);
+    dot__pb_text(b, 13, log->host);
+    size_t start = dot__pb_begin(b, 17);
+    dot__pb_integer(b, 1, log->began);
+    dot__pb_end(b, start);
+    dot__pb_end(b, run);
+    return dot__record_end(log);
+}
+
+static bool dot__wandb_header(dot_logger *log)
+{
+    dot__bytes *b = &log->proto;
+    dot__record_begin(log);
+    size_t header = dot__pb_begin(b, 21), version = dot__pb_begin(b, 1);
+    dot__pb_text(b, 1, "dotopt " DOTOPT_VERSION);           /* producer */
+    dot__pb_text(b, 2, "0.70.0");                           /* the oldest W&B that reads this */
+    dot__pb_end(b, version);
+    dot__pb_end(b, header);
+    return dot__record_end(log);
+}
+
+/* The record at `*at`, put together in log->proto: 1, or 0 at what is not a whole record, or -1 with an error. */
+static int dot__wandb_read(dot_logger *log, const dot__file *file, int64_t *at)
+{
+    unsigned type, expected = 1;                            /* 1: a first piece; 3: a later one */
+    dot__bytes_reset(&log->proto);
+    do {
+        unsigned char *head;
+        int64_t room = DOT__WANDB_BLOCK - *at % DOT__WANDB_BLOCK;
+        if (room < DOT__WANDB_CHUNK) *at += room;
+        room = DOT__WANDB_BLOCK - *at % DOT__WANDB_BLOCK - DOT__WANDB_CHUNK;
+        dot__bytes_reset(&log->frame);
+        head = dot__bytes_add(&log->frame, DOT__WANDB_BLOCK);
+        if (file->size - *at < DOT__WANDB_CHUNK) return 0;
+        if (!head || !dot__file_read(file, *at, head, DOT__WANDB_CHUNK)) return -1;
+        int64_t length = head[4] | head[5] << 8;
+        type = head[6];
+        *at += DOT__WANDB_CHUNK;
+        if (length > room || length > file->size - *at || type < expected || type > expected + 1) return 0;
+        if (!dot__file_read(file, *at, head + DOT__WANDB_CHUNK, (size_t)length)) return -1;
+        uint32_t crc = dot__crc(log->crc[DOT__CRC32], head + 6, (size_t)length + 1);
+        for (int i = 0; i < 4; ++i)
+            if (head[i] != (crc >> 8 * i & 255)) return 0;
+        dot__bytes_put(&log->proto, head + DOT__WANDB_CHUNK, (size_t)length);
+        *at += length;
+        expected = 3;
+    } while (type == 2 || type == 3);
+    return log->proto.lost ? -1 : 1;
+}
+
+/* What a resumed run needs to know of a record: its number, its kind (the field's number), the step of a row. */
+static bool dot__wandb_parse(const dot__bytes *record, int64_t *number, uint64_t *kind, int64_t *step)
+{
+    const unsigned char *at = record->data, *end = at + record->size, *body = at, *inner, *row;
+    uint64_t tag, value;
+    *number = *step = 0;
+    *kind = 0;
+    while (at < end) {
+        if (!dot__pb_read(&at, end, &tag, &value, &body)) return false;
+        if (tag == 1 << 3) *number = (int64_t)value;
+        if ((tag & 7) != 2) continue;
+        *kind = tag >> 3;
+        for (row = body; tag == (2 << 3 | 2) && row < at;) {            /* history: look for its step */
+            uint64_t field, size, number_tag, number_value;
+            const unsigned char *ignored;
+            if (!dot__pb_read(&row, at, &field, &size, &inner)) return false;
+            if (field == (2 << 3 | 2) && inner < row && dot__pb_read(&inner, row, &number_tag, &number_value, &ignored) &&
+                number_tag == 1 << 3) *step = (int64_t)number_value;
+        }
+    }
+    return *number >= 0 && *step >= 0;
+}
+
+/* Goes through a file of an earlier process, and keeps it up to the first record that the resumed run replaces: its exit, a
+   row of the step from which the run begins again, or what a crash left torn. `has_run`: what is kept has the run's record. */
+static bool dot__wandb_scan(dot_logger *log, int64_t resume_step, bool *has_run)
+{
+    dot__sink *sink = &log->sink[DOT__SINK_WANDB];
+    unsigned char magic[sizeof dot__wandb_magic];
+    int64_t at = (int64_t)sizeof magic, keep = 0, number, step;
+    uint64_t kind;
+    int whole = 0;
+    dot__file file;
+    file.ctx = log->ctx;
+    file.function = log->function;
+    file.path = sink->path;
+    file.fd = sink->fd;
+    file.size = sink->size;
+    if (file.size >= at && !dot__file_read(&file, 0, magic, sizeof magic)) return false;
+    bool known = file.size >= at && memcmp(magic, dot__wandb_magic, sizeof magic) == 0;
+    while (known && (whole = dot__wandb_read(log, &file, &at)) > 0) {
+        if (!dot__wandb_parse(&log->proto, &number, &kind, &step)) break;
+        if (kind == 18 || (kind == 2 && resume_step >= 0 && step >= resume_step)) break;
+        if (kind == 2 && step > log->row_step) log->row_step = step;
+        if (number > log->record) log->record = number;
+        *has_run = *has_run || kind == 17;
+        keep = at;
+    }
+    if (whole < 0) return false;
+    dot__sink_cut(sink, keep);
+    return true;
+}
+
+/* 20231114_221320, UTC (the civil calendar from a count of days: Hinnant, "chrono-Compatible Low-Level Date Algorithms") */
+static void dot__log_date(int64_t seconds, char *out, size_t room)
+{
+    int64_t day = seconds / 86400 + 719468, second = seconds % 86400;
+    int64_t era = day / 146097, of_era = day % 146097;
+    int64_t year = (of_era - of_era / 1460 + of_era / 36524 - of_era / 146096) / 365;
+    int64_t of_year = of_era - (365 * year + year / 4 - year / 100), month = (5 * of_year + 2) / 153;
+    snprintf(out, room, "%04d%02d%02d_%02d%02d%02d", (int)(year + era * 400 + (month >= 10)),
+             (int)(month < 10 ? month + 3 : month - 9), (int)(of_year - (153 * month + 2) / 5 + 1), (int)(second / 3600),
+             (int)(second / 60 % 60), (int)(second % 60));
+}
+
+/* wandb/offline-run-DATE_TIME-ID/NAME, in log->path. */
+static const char *dot__wandb_path(dot_logger *log, const char *name)
+{
+    char date[80], path[DOT__LOG_NAME];
+    dot__log_date(log->began, date, sizeof date);
+    snprintf(path, sizeof path, "wandb/offline-run-%s-%s/%s", date, log->id, name);
+    return dot__log_path(log, path);
+}
+
+static bool dot__wandb_open(dot_logger *log, const dot_logger_options *o)
+{
+    char name[96];
+    dot__sink *sink = &log->sink[DOT__SINK_WANDB];
+    snprintf(name, sizeof name, "run-%s.wandb.synced", log->id);
+    remove(dot__wandb_path(log, name));                     /* there will be something new to upload */
+    name[strlen(name) - strlen(".synced")] = 0;
+    dot__wandb_path(log, name);
+    if (!dot__sink_open(log, sink)) return false;
+    bool has_run = false;
+    if (sink->size > 0 && !dot__wandb_scan(log, o->resume_step, &has_run)) return false;
+    return (sink->size > 0 || dot__wandb_header(log)) && (has_run || dot__wandb_run(log));
+}
+
+/* ---- opening ---- */
+
+#define DOT__LOG_PREFIX 256         /* holds what a start or resume record says first */
+
+static bool dot__log_id_ok(const char *id)
+{
+    size_t length = strspn(id, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-");
+    return id[length] == 0 && length >= 1 && length <= 64;
+}
+
+/* The seconds after `key` in the record, or -1. */
+static int64_t dot__log_read_seconds(const char *record, const char *key)
+{
+    const char *at = strstr(record, key);
+    int64_t value = 0;
+    if (!at) return -1;
+    for (at += strlen(key); *at >= '0' && *at <= '9' && value < 100000000000; ++at) value = value * 10 + (*at - '0');
+    return *at == ',' && value < 100000000000 ? value : -1;
+}
+
+/* Takes id, began and events out of a start or resume record; `line` is its beginning. */
+static void dot__log_read_start(dot_logger *log, const char *line)
+{
+    static const char key[] = ",\"id\":\"";
+    char id[65] = "";
+    if (strncmp(line, "{\"kind\":\"start\",", 16) != 0 && strncmp(line, "{\"kind\":\"resume\",", 17) != 0) return;
+    const char *at = strstr(line, key), *end = at ? strchr(at + sizeof key - 1, '"') : NULL;
+    int64_t began = dot__log_read_seconds(line, ",\"began\":"), events = dot__log_read_seconds(line, ",\"events\":");
+    if (!end || end - at - (ptrdiff_t)sizeof key + 1 > 64 || began < 0 || events < 0) return;
+    memcpy(id, at + sizeof key - 1, (size_t)(end - at) - sizeof key + 1);
+    if (!dot__log_id_ok(id)) return;
+    strcpy(log->id, id);
+    log->began = began;
+    log->events = events;
+}
+
+/* Reads the lines of an earlier process, and cuts off a torn last one. */
+static bool dot__log_scan(dot_logger *log)
+{
+    dot__sink *sink = &log->sink[DOT__SINK_JSON];
+    char line[DOT__LOG_PREFIX + 1], buffer[4096];
+    size_t used = 0;
+    int64_t whole = 0;
+    dot__file file;
+    file.ctx = log->ctx;
+    file.function = log->function;
+    file.path = sink->path;
+    file.fd = sink->fd;
+    file.size = sink->size;
+    for (int64_t at = 0, n; at < file.size; at += n) {
+        n = dot__min(file.size - at, (int64_t)sizeof buffer);
+        if (!dot__file_read(&file, at, buffer, (size_t)n)) return false;
+        for (int64_t i = 0; i < n; ++i) {
+            if (buffer[i] != '\n') {
+                if (used < DOT__LOG_PREFIX) line[used++] = buffer[i];
+                continue;
+            }
+            line[used] = 0;
+            used = 0;
+            dot__log_read_start(log, line);
+            whole = at + i + 1;
+        }
+    }
+    if (whole > 0 && !*log->id) {
+        dot__fail(log->ctx, DOT_ERROR_FORMAT, "%s: %s: not a log: it has no start record", log->function, sink->path);
+        return false;
+    }
+    dot__sink_cut(sink, whole);
+    return true;
+}
+
+static char *dot__log_copy(dot_context *ctx, const char *text)
+{
+    char *copy = (char *)dot__new(ctx, strlen(text) + 1);
+    return copy ? strcpy(copy, text) : NULL;
+}
+
+static bool dot__log_options_ok(dot_context *ctx, const char *function, const char *folder, const dot_logger_options *o)
+{
+    const char *wrong = NULL;
+    if (o->magic != DOT__MAGIC_LOGGER) wrong = "options not made by dot_logger_defaults";
+    else if (!folder || !*folder || strlen(folder) > 4096) wrong = "folder is NULL, empty or of more than 4096 bytes";
+    else if (!o->project || !dot__utf8(o->project) || (o->name && !dot__utf8(o->name)) || (o->group && !dot__utf8(o->group)))
+        wrong = "project, name or group is not UTF-8";
+    else if (strlen(o->project) > DOT__LOG_TAG || (o->name && strlen(o->name) > DOT__LOG_TAG) ||
+             (o->group && strlen(o->group) > DOT__LOG_TAG)) wrong = "project, name or group has more than 255 bytes";
+    else if (o->id && !dot__log_id_ok(o->id)) wrong = "id, expected 1..64 of A-Z a-z 0-9 _ -";
+    else if (o->histogram_bins < 1 || o->histogram_bins > DOT__LOG_BINS) wrong = "histogram_bins, expected 1..512";
+    else if (o->resume_step < -1) wrong = "resume_step, expected -1 or a step";
+    else if (!o->clock) wrong = "clock is NULL";
+    if (wrong) dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: %s", function, wrong);
+    return !wrong;
+}
+
+/* Eight of 0-9 a-z, from the time, the process and the folder. */
+static void dot__log_make_id(dot_logger *log)
+{
+    uint64_t time = (uint64_t)(log->time * 1e6);
+    uint32_t counter[4], key[2], bits[4];
+    counter[0] = (uint32_t)time;
+    counter[1] = (uint32_t)(time >> 32);
+    counter[2] = dot__crc(log->crc[DOT__CRC32], (const unsigned char *)log->folder, strlen(log->folder));
+    counter[3] = dot__crc(log->crc[DOT__CRC32], (const unsigned char *)log->host, strlen(log->host));
+    key[0] = (uint32_t)dot__os_process();
+    key[1] = DOT__MAGIC_LOGGER;
+    dot_philox4x32(counter, key, bits);
+    uint64_t number = (uint64_t)bits[0] << 32 | bits[1];
+    for (int i = 0; i < 8; ++i, number /= 36) log->id[i] = "0123456789abcdefghijklmnopqrstuvwxyz"[number % 36];
+}
+
+/* The first record, or the first of a resumed run. dot__log_read_start reads id, began and events back. */
+static bool dot__log_start(dot_logger *log, const dot_logger_options *o, bool resumed)
+{
+    dot__bytes *b = &log->text;
+    dot__log_begin(log, "dot_logger_create", resumed ? "resume" : "start");
+    dot__log_put_string(b, "id", log->id);
+    dot__log_put_integer(b, "began", log->began);
+    dot__log_put_integer(b, "events", log->events);
+    if (resumed && o->resume_step >= 0) dot__log_put_integer(b, "step", o->resume_step);
+    dot__log_put_string(b, "name", log->name);
+    dot__log_put_string(b, "project", log->project);
+    dot__log_put_string(b, "group", log->group);
+    dot__log_put_string(b, "library", "dotopt " DOTOPT_VERSION);
+    dot__log_put_string(b, "host", log->host);
+    dot__log_put_integer(b, "process", dot__os_process());
+    return dot__log_end(log);
+}
+
+static bool dot__log_open(dot_logger *log, const dot_logger_options *o)
+{
+    dot__sink *json = &log->sink[DOT__SINK_JSON];
+    dot__log_path(log, "log.jsonl");
+    if (!dot__sink_open(log, json)) return false;
+    if (json->size > 0 && !o->resume) {
+        dot__fail(log->ctx, DOT_ERROR_STATE, "%s: %s: a log is there already; take another folder, or resume it", log->function,
+                  json->path);
+        return false;
+    }
+    if (!dot__log_scan(log)) return false;
+    bool resumed = json->size > 0;
+    if (resumed && o->id && strcmp(log->id, o->id) != 0) {
+        dot__fail(log->ctx, DOT_ERROR_STATE, "%s: %s: its id is %s, but the options say %s", log->function, json->path, log->id,
+                  o->id);
+        return false;
+    }
+    dot__log_begin(log, log->function, "");                 /* for the time */
+    if (!resumed) {
+        log->began = (int64_t)log->time;
+        if (o->id) strcpy(log->id, o->id);
+        else dot__log_make_id(log);
+    }
+    log->origin = resumed ? (double)log->began : log->time;
+    log->events = dot__max((int64_t)log->time, resumed ? log->events + 1 : 0);
+    return dot__log_start(log, o, resumed) && (!o->tensorboard || dot__events_open(log, o, resumed)) &&
+           (!o->wandb || dot__wandb_open(log, o));
+}
+
+static bool dot__log_init(dot_logger *log, const char *folder, const dot_logger_options *o)
+{
+    dot_context *ctx = log->ctx;
+    dot__bytes *buffers[] = { &log->text, &log->proto, &log->frame, &log->parameters, &log->row, &log->lasts, &log->names };
+    for (size_t i = 0; i < sizeof buffers / sizeof *buffers; ++i) buffers[i]->ctx = ctx;
+    for (int i = 0; i < DOT__SINKS; ++i) log->sink[i].fd = -1;
+    log->tensorboard = o->tensorboard;
+    log->wandb = o->wandb;
+    log->bins = o->histogram_bins;
+    log->clock = o->clock;
+    log->clock_user = o->clock_user;
+    log->row_step = -1;
+    dot__crc_table(log->crc[DOT__CRC32C], 0x82f63b78u);
+    dot__crc_table(log->crc[DOT__CRC32], 0xedb88320u);
+    dot__os_host(log->host, sizeof log->host);
+    for (char *at = log->host; *at; ++at)
+        if (!strchr("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-", *at)) *at = '-';
+    log->path_room = strlen(folder) + DOT__LOG_NAME;
+    log->path = (char *)dot__new(ctx, log->path_room);
+    log->folder = dot__log_copy(ctx, folder);
+    log->project = dot__log_copy(ctx, o->project);
+    if (o->group) log->group = dot__log_copy(ctx, o->group);
+    if (!log->path || !log->folder || !log->project || (o->group && !log->group)) return false;
+    for (char *end = log->folder + strlen(folder); end - log->folder > 1 && end[-1] == '/';) *--end = 0;
+    const char *slash = strrchr(log->folder, '/');
+    log->name = dot__log_copy(ctx, o->name ? o->name : slash ? slash + 1 : log->folder);
+    return log->name != NULL;
+}
+
+dot_logger *dot_logger_create(dot_context *ctx, const char *folder, const dot_logger_options *options)
+{
+    static const char function[] = "dot_logger_create";
+    const dot_logger_options defaults = dot_logger_defaults();
+    if (!options) options = &defaults;
+    if (!ctx || !dot__log_options_ok(ctx, function, folder, options)) return NULL;
+    ctx->function = function;
+    dot_logger *log = (dot_logger *)dot__new(ctx, sizeof *log);
+    if (!log) return NULL;
+    log->ctx = ctx;
+    log->function = function;
+    log->next = ctx->loggers;
+    ctx->loggers = log;
+    if (dot__log_init(log, folder, options) && dot__log_open(log, options)) return log;
+    dot__log_delete(log);
+    return NULL;
+}
+
+const char *dot_logger_id(const dot_logger *log) { return log ? log->id : ""; }
+
+/* ---- config ---- */
+
+typedef struct dot__log_value { const char *text; double number; bool is_bool; } dot__log_value;
+
+static bool dot__log_tag_ok(dot_logger *log, const char *function, const char *tag)
+{
+    size_t length = tag ? strlen(tag) : 0;
+    if (length >= 1 && length <= DOT__LOG_TAG && dot__utf8(tag)) return true;
+    dot__fail(log->ctx, DOT_ERROR_ARGUMENT, "%s: tag \"%.80s\" of %lld bytes, expected 1..255 bytes of UTF-8", function,
+              tag && dot__utf8(tag) ? tag : "", DOT__LL(length));
+    return false;
+}
+
+static void dot__log_put_value(dot__bytes *b, const dot__log_value *value, const char *other)
+{
+    if (value->text) dot__log_string(b, value->text);
+    else if (value->is_bool) dot__bytes_text(b, value->number != 0 ? "true" : "false");
+    else dot__log_number(b, value->number, other);
+}
+
+/* An entry of SessionStartInfo.hparams: key, and a Value. */
+static bool dot__event_parameter(dot_logger *log, const char *key, const dot__log_value *value)
+{
+    dot__bytes *b = &log->parameters;
+    const char *text = value->text ? value->text : dot__log_nonfinite(value->number);
+    size_t before = b->size;
+    if (!log->tensorboard || log->parameters_written) return true;
+    size_t entry = dot__pb_begin(b, 1);
+    dot__pb_text(b, 1, key);
+    size_t content = dot__pb_begin(b, 2);
+    if (text) dot__pb_text(b, 3, text);
+    else if (value->is_bool) dot__pb_integer(b, 4, value->number != 0);
+    else dot__pb_double(b, 2, value->number);
+    dot__pb_end(b, content);
+    dot__pb_end(b, entry);
+    if (!b->lost) return true;
+    b->size = before;                                       /* the earlier entries stay whole */
+    b->lost = false;
+    return false;
+}
+
+static bool dot__log_config(dot_logger *log, const char *function, const char *key, const dot__log_value *value)
+{
+    if (!dot__log_tag_ok(log, function, key)) return false;
+    if (value->text && !dot__utf8(value->text)) {
+        dot__fail(log->ctx, DOT_ERROR_ARGUMENT, "%s: the value of \"%.80s\" is not UTF-8", function, key);
+        return false;
+    }
+    dot__log_begin(log, function, "config");
+    dot__log_put_string(&log->text, "key", key);
+    dot__log_key(&log->text, "value");
+    dot__log_put_value(&log->text, value, "null");
+    if (!value->text) dot__log_put_string(&log->text, "nonfinite", dot__log_nonfinite(value->number));
+    if (!dot__log_end(log)) return false;
+    bool good = dot__event_parameter(log, key, value);
+    if (!log->wandb) return good;
+    dot__record_begin(log);
+    size_t config = dot__pb_begin(&log->proto, 5);
+    dot__marks marks = dot__item_begin(&log->proto, key);
+    if (value->text || value->is_bool) dot__log_put_value(&log->proto, value, "");
+    else dot__item_json(&log->proto, value->number);
+    dot__item_end(&log->proto, marks);
+    dot__pb_end(&log->proto, config);
+    return dot__record_end(log) && good;
+}
+
+bool dot_logger_config_number(dot_logger *log, const char *key, double number)
+{
+    dot__log_value value = { NULL, number, false };
+    return log && dot__log_config(log, "dot_logger_config_number", key, &value);
+}
+
+bool dot_logger_config_bool(dot_logger *log, const char *key, bool flag)
+{
+    dot__log_value value = { NULL, flag ? 1.0 : 0.0, true };
+    return log && dot__log_config(log, "dot_logger_config_bool", key, &value);
+}
+
+bool dot_logger_config_text(dot_logger *log, const char *key, const char *text)
+{
+    dot__log_value value = { text, 0, false };
+    if (log && !text) dot__fail(log->ctx, DOT_ERROR_ARGUMENT, "dot_logger_config_text: value is NULL");
+    return log && text && dot__log_config(log, "dot_logger_config_text", key, &value);
+}
+
+/* ---- records of a step ---- */
+
+/* Begins a record: {"kind":...,"time":...,"step":... and, of a single tag, ,"tag":... */
+static bool dot__log_step(dot_logger *log, const char *function, const char *kind, int64_t step, const char *tag)
+{
+    if (step < 0) {
+        dot__fail(log->ctx, DOT_ERROR_ARGUMENT, "%s: step " DOT__I64 ", expected 0 or more", function, DOT__LL(step));
+        return false;
+    }
+    if (tag && !dot__log_tag_ok(log, function, tag)) return false;
+    dot__log_begin(log, function, kind);
+    dot__log_put_integer(&log->text, "step", step);
+    dot__log_put_string(&log->text, "tag", tag);
+    return true;
+}
+
+static void dot__log_scalars_json(dot__bytes *b, int count, const char *const *tags, const double *values)
+{
+    bool finite = true, first = true;
+    dot__bytes_text(b, ",\"values\":{");
+    for (int i = 0; i < count; ++i) {
+        if (i) dot__bytes_text(b, ",");
+        dot__log_string(b, tags[i]);
+        dot__bytes_text(b, ":");
+        dot__log_number(b, values[i], "null");
+        finite = finite && !dot__log_nonfinite(values[i]);
+    }
+    dot__bytes_text(b, "}");
+    if (finite) return;
+    dot__bytes_text(b, ",\"nonfinite\":{");
+    for (int i = 0; i < count; ++i) {
+        if (!dot__log_nonfinite(values[i])) continue;
+        if (!first) dot__bytes_text(b, ",");
+        first = false;
+        dot__log_string(b, tags[i]);
+        dot__bytes_text(b, ":");
+        dot__log_string(b, dot__log_nonfinite(values[i]));
+    }
+    dot__bytes_text(b, "}");
+}
+
+static bool dot__log_scalars_events(dot_logger *log, int64_t step, int count, const char *const *tags, const double *values)
+{
+    dot__bytes *b = &log->proto;
+    if (!log->tensorboard) return true;
+    if (!dot__event_parameters(log)) return false;
+    dot__event_begin(log, step);
+    size_t summary = dot__pb_begin(b, 5);
+    for (int i = 0; i < count; ++i) {
+        size_t value = dot__pb_begin(b, 1);
+        dot__pb_text(b, 1, tags[i]);
+        dot__pb_float(b, 2, values[i]);
+        dot__pb_end(b, value);
+    }
+    dot__pb_end(b, summary);
+    return dot__event_end(log);
+}
+
+static bool dot__log_scalars_wandb(dot_logger *log, int64_t step, int count, const char *const *tags, const double *values)
+{
+    if (!log->wandb) return true;
+    bool good = dot__row_begin(log, step);
+    for (int i = 0; i < count && !log->row_late; ++i) {
+        dot__item_number(&log->row, tags[i], values[i]);
+        good = dot__summary_set(log, tags[i], values[i]) && good;
+    }
+    return good && !log->row.lost;
+}
+
+static bool dot__log_scalars(dot_logger *log, const char *function, int64_t step, int count, const char *const *tags,
+                             const double *values)
+{
+    if (count < 0 || (count > 0 && (!tags || !values))) {
+        dot__fail(log->ctx, DOT_ERROR_ARGUMENT, "%s: count %d, tags %s, values %s; expected count of both", function, count,
+                  tags ? "given" : "NULL", values ? "given" : "NULL");
+        return false;
+    }
+    for (int i = 0; i < count; ++i) {
+        if (!dot__log_tag_ok(log, function, tags[i])) return false;
+        for (int k = 0; k < i; ++k)
+            if (strcmp(tags[k], tags[i]) == 0) {
+                dot__fail(log->ctx, DOT_ERROR_ARGUMENT, "%s: tag \"%.80s\" occurs twice", function, tags[i]);
+                return false;
+            }
+    }
+    if (!dot__log_step(log, function, "scalars", step, NULL)) return false;
+    dot__log_scalars_json(&log->text, count, tags, values);
+    if (!dot__log_end(log)) return false;
+    bool good = dot__log_scalars_events(log, step, count, tags, values);
+    return dot__log_scalars_wandb(log, step, count, tags, values) && good;
+}
+
+bool dot_logger_scalar(dot_logger *log, int64_t step, const char *tag, double value)
+{
+    return log && dot__log_scalars(log, "dot_logger_scalar", step, 1, &tag, &value);
+}
+
+bool dot_logger_scalars(dot_logger *log, int64_t step, int count, const char *const *tags, const double *values)
+{
+    return log && dot__log_scalars(log, "dot_logger_scalars", step, count, tags, values);
+}
+
+bool dot_logger_text(dot_logger *log, int64_t step, const char *tag, const char *text)
+{
+    static const char function[] = "dot_logger_text";
+    bool good = true;
+    if (!log) return false;
+    if (!text || !dot__utf8(text)) {
+        dot__fail(log->ctx, DOT_ERROR_ARGUMENT, "%s: the text is %s, expected UTF-8", function, text ? "not UTF-8" : "NULL");
+        return false;
+    }
+    if (!dot__log_step(log, function, "text", step, tag ? tag : "")) return false;
+    dot__log_put_string(&log->text, "text", text);
+    if (!dot__log_end(log)) return false;
+    if (log->tensorboard && (good = dot__event_parameters(log))) {
+        dot__event_begin(log, step);
+        dot__marks marks = dot__value_begin(&log->proto, tag, "/text_summary");
+        size_t metadata = dot__pb_begin(&log->proto, 9), plugin = dot__pb_begin(&log->proto, 1);
+        dot__pb_text(&log->proto, 1, "text");
+        dot__pb_end(&log->proto, plugin);
+        dot__pb_integer(&log->proto, 4, 2);                 /* data_class: tensor */
+        dot__pb_end(&log->proto, metadata);
+        dot__event_tensor(&log->proto, 7, 1, text);
+        good = dot__value_end(log, marks);
+    }
+    if (!log->wandb) return good;
+    good = dot__row_begin(log, step) && good;
+    if (log->row_late) return good;
+    dot__marks marks = dot__item_begin(&log->row, tag);
+    dot__log_string(&log->row, text);
+    dot__item_end(&log->row, marks);
+    return good && !log->row.lost;
+}
+
+/* ---- histograms ---- */
+
+typedef struct dot__histogram {
+    int64_t count, nonfinite;
+    double min, max, sum, sum_squares;
+    int bins;
+    double edge[DOT__LOG_BINS + 1], counts[DOT__LOG_BINS];
+} dot__histogram;
+
+/* The edges that numpy.histogram takes, except where all values are equal and large: then they stay apart, too. The range is
+   scaled where it would overflow. */
+static void dot__histogram_edges(dot__histogram *h)
+{
+    double low = h->min, high = h->max, scale = 1;
+    if (h->count == 0) low = 0, high = 1;
+    if (low == high) {
+        double half = fmax(0.5, fabs(low) * 1e-6);
+        low = fmax(low - half, -DBL_MAX);
+        high = fmin(high + half, DBL_MAX);
+    }
+    if (high - low > DBL_MAX) scale = 0.5;
+    double width = (high * scale - low * scale) / h->bins;
+    for (int i = 0; i <= h->bins; ++i) h->edge[i] = (low * scale + i * width) / scale;
+    h->edge[h->bins] = high;
+}
+
+static int dot__histogram_bin(const dot__histogram *h, double value)
+{
+    int low = 0, high = h->bins;                            /* the bin is one of low..high-1 */
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (value >= h->edge[middle]) low = middle;
+        else high = middle;
+    }
+    return low;
+}
+
+static void dot__histogram_make(dot__histogram *h, int bins, const void *data, dot_dtype dtype, int64_t size)
+{
+    memset(h, 0, sizeof *h);
+    h->bins = bins;
+    for (int64_t i = 0; i < size; ++i) {
+        double value = dot__load(data, dtype, i);
+        if (dot__log_nonfinite(value)) {
+            h->nonfinite++;
+            continue;
+        }
+        h->min = h->count == 0 ? value : fmin(h->min, value);
+        h->max = h->count == 0 ? value : fmax(h->max, value);
+        h->sum += value;
+        h->sum_squares += value * value;
+        h->count++;
+    }
+    dot__histogram_edges(h);
+    for (int64_t i = 0; i < size; ++i) {
+        double value = dot__load(data, dtype, i);
+        if (!dot__log_nonfinite(value)) h->counts[dot__histogram_bin(h, value)] += 1;
+    }
+}
+
+static void dot__histogram_counts(dot__bytes *b, const dot__histogram *h)
+{
+    for (int i = 0; i < h->bins; ++i) {
+        if (i) dot__bytes_text(b, ",");
+        dot__log_integer(b, (int64_t)h->counts[i]);
+    }
+}
+
+static void dot__histogram_json(dot__bytes *b, const dot__histogram *h)
+{
+    dot__log_put_integer(b, "count", h->count);
+    dot__log_put_integer(b, "nonfinite", h->nonfinite);
+    dot__log_put_number(b, "min", h->count ? h->min : (double)NAN);
+    dot__log_put_number(b, "max", h->count ? h->max : (double)NAN);
+    dot__log_put_number(b, "sum", h->sum);
+    dot__log_put_number(b, "sum_squares", h->sum_squares);
+    dot__log_put_number(b, "low", h->edge[0]);
+    dot__log_put_number(b, "high", h->edge[h->bins]);
+    dot__bytes_text(b, ",\"counts\":[");
+    dot__histogram_counts(b, h);
+    dot__bytes_text(b, "]");
+}
+
+static bool dot__histogram_event(dot_logger *log, int64_t step, const char *tag, const dot__histogram *h)
+{
+    dot__bytes *b = &log->proto;
+    const double head[] = { h->min, h->max, (double)h->count, h->sum, h->sum_squares };
+    if (!dot__event_parameters(log)) return false;
+    dot__event_begin(log, step);
+    dot__marks marks = dot__value_begin(b, tag, "");
+    size_t histogram = dot__pb_begin(b, 5);
+    for (uint32_t i = 0; i < 5; ++i) dot__pb_double(b, i + 1, head[i]);
+    size_t limits = dot__pb_begin(b, 6);                    /* the right edges */
+    for (int i = 0; i < h->bins; ++i) dot__put_double(b, h->edge[i + 1]);
+    dot__pb_end(b, limits);
+    size_t counts = dot__pb_begin(b, 7);
+    for (int i = 0; i < h->bins; ++i) dot__put_double(b, h->counts[i]);
+    dot__pb_end(b, counts);
+    dot__pb_end(b, histogram);
+    return dot__value_end(log, marks);
+}
+
+static bool dot__histogram_row(dot_logger *log, int64_t step, const char *tag, const dot__histogram *h)
+{
+    dot__bytes *b = &log->row;
+    bool good = dot__row_begin(log, step);
+    if (log->row_late) return good;
+    dot__marks marks = dot__item_begin(b, tag);
+    dot__bytes_text(b, "{\"_type\":\"histogram\",\"values\":[");
+    dot__histogram_counts(b, h);
+    dot__bytes_text(b, "],\"bins\":[");
+    for (int i = 0; i <= h->bins; ++i) {
+        if (i) dot__bytes_text(b, ",");
+        dot__log_number(b, h->edge[i], "null");
+    }
+    dot__bytes_text(b, "]}");
+    dot__item_end(b, marks);
+    return good && !b->lost;
+}
+
+static bool dot__log_histogram(dot_logger *log, const char *function, int64_t step, const char *tag, const void *data,
+                               dot_dtype dtype, int64_t size)
+{
+    dot__histogram h;
+    if (!dot__log_step(log, function, "histogram", step, tag ? tag : "")) return false;
+    dot__histogram_make(&h, log->bins, data, dtype, size);
+    dot__histogram_json(&log->text, &h);
+    if (!dot__log_end(log)) return false;
+    bool good = !log->tensorboard || dot__histogram_event(log, step, tag, &h);
+    return (!log->wandb || dot__histogram_row(log, step, tag, &h)) && good;
+}
+
+bool dot_logger_histogram(dot_logger *log, int64_t step, const char *tag, const double *values, int64_t count)
+{
+    static const char function[] = "dot_logger_histogram";
+    if (!log) return false;
+    if (count >= 0 && (values || count == 0)) return dot__log_histogram(log, function, step, tag, values, DOT_F64, count);
+    dot__fail(log->ctx, DOT_ERROR_ARGUMENT, "%s: values is %s, count " DOT__I64 "; expected count values", function,
+              values ? "given" : "NULL", DOT__LL(count));
+    return false;
+}
+
+bool dot_logger_tensor(dot_logger *log, int64_t step, const char *tag, const dot_tensor *t, int lane)
+{
+    static const char function[] = "dot_logger_tensor";
+    if (!log || !t || !dot__lane_ok(t->ctx, function, lane, false)) return false;
+    return dot__log_histogram(log, function, step, tag, dot__at(t, lane), t->dtype, t->size);
+}
+
+/* ---- images ---- */
+
+typedef struct dot__image {
+    const unsigned char *png;
+    size_t bytes;
+    int64_t width, height;
+    int colorspace;                 /* TensorBoard's number */
+    char sha256[65];
+    char name[200];                 /* of its file */
+} dot__image;
+
+static int64_t dot__read_big32(const unsigned char *at)
+{
+    return (int64_t)at[0] << 24 | (int64_t)at[1] << 16 | (int64_t)at[2] << 8 | at[3];
+}
+
+/* Looks at a PNG file's first chunk and its last (PNG specification, 5.2, 11.2.2, 11.2.5). */
+static bool dot__image_read(dot_logger *log, const char *function, dot__image *image)
+{
+    static const unsigned char first[16] = { 0x89, 'P', 'N', 'G', 13, 10, 26, 10, 0, 0, 0, 13, 'I', 'H', 'D', 'R' };
+    static const unsigned char last[12] = { 0, 0, 0, 0, 'I', 'E', 'N', 'D', 0xae, 0x42, 0x60, 0x82 };
+    static const signed char colorspaces[] = { 1, -1, 3, 3, 2, -1, 4 };     /* grey, RGB, palette, grey and alpha, RGBA */
+    const unsigned char *png = image->png;
+    const char *wrong = NULL;
+    if (!png || image->bytes < 45 || memcmp(png, first, sizeof first) != 0) wrong = "not a PNG file";
+    else if (memcmp(png + image->bytes - sizeof last, last, sizeof last) != 0) wrong = "a PNG file without its end";
+    else if (png[25] > 6 || colorspaces[png[25]] < 0) wrong = "a PNG file of an unknown colour type";
+    else {
+        image->width = dot__read_big32(png + 16);
+        image->height = dot__read_big32(png + 20);
+        image->colorspace = colorspaces[png[25]];
+        if (image->width < 1 || image->width > INT32_MAX || image->height < 1 || image->height > INT32_MAX)
+            wrong = "a PNG file of an impossible size";
+    }
+    if (wrong) dot__fail(log->ctx, DOT_ERROR_ARGUMENT, "%s: %lld bytes are %s", function, DOT__LL(image->bytes), wrong);
+    return !wrong;
+}
+
+/* TAG_STEP_SHA.png, with a tag of letters that every file system takes. */
+static void dot__image_name(dot__image *image, const char *tag, int64_t step)
+{
+    char plain[65];
+    size_t n = 0;
+    for (; tag[n] && n < sizeof plain - 1; ++n)
+        plain[n] = strchr("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-", tag[n]) ? tag[n] : '_';
+    plain[n] = 0;
+    dot__sha256(image->png, image->bytes, image->sha256);
+    snprintf(image->name, sizeof image->name, "%s_" DOT__I64 "_%.20s.png", plain, DOT__LL(step), image->sha256);
+}
+
+/* Writes the image to log->path and flushes it. */
+static bool dot__image_store(dot_logger *log, const dot__image *image)
+{
+    if (!dot__log_make_folders(log)) return false;
+    remove(log->path);                                      /* left by a crash */
+    int fd = dot__os_open(log->path, true);
+    if (fd < 0) return dot__log_fail(log, "create", log->path);
+    bool good = true;
+    for (size_t done = 0; good && done < image->bytes;) {
+        size_t left = image->bytes - done;
+        int64_t n = dot__os_write(fd, image->png + done, left < DOT__IO_CHUNK ? left : DOT__IO_CHUNK);
+        if (n < 0 && errno == EINTR) continue;
+        if (n == 0) errno = ENOSPC;
+        good = n > 0;
+        done += good ? (size_t)n : 0;
+    }
+    good = good && dot__os_sync(fd);
+    if (!good) dot__log_fail(log, "write", log->path);
+    if (!dot__os_close(fd) && good) good = dot__log_fail(log, "write", log->path);
+    if (!good) remove(log->path);
+    return good && dot__log_sync_folder(log);
+}
+
+static bool dot__image_event(dot_logger *log, int64_t step, const char *tag, const dot__image *image)
+{
+    dot__bytes *b = &log->proto;
+    if (!dot__event_parameters(log)) return false;
+    dot__event_begin(log, step);
+    dot__marks marks = dot__value_begin(b, tag, "");
+    size_t content = dot__pb_begin(b, 4);
+    dot__pb_integer(b, 1, image->height);
+    dot__pb_integer(b, 2, image->width);
+    dot__pb_integer(b, 3, image->colorspace);
+    dot__pb_bytes(b, 4, image->png, image->bytes);
+    dot__pb_end(b, content);
+    return dot__value_end(log, marks);
+}
+
+/* The file, its entry in the list of files, and the value of the row. */
+static bool dot__image_row(dot_logger *log, int64_t step, const char *tag, const dot__image *image)
+{
+    dot__bytes *b = &log->row;
+    char path[256];
+    bool good = dot__row_begin(log, step);
+    if (log->row_late) return good;
+    snprintf(path, sizeof path, "files/media/images/%s", image->name);
+    dot__wandb_path(log, path);
+    if (!dot__image_store(log, image)) return false;
+    dot__record_begin(log);
+    size_t files = dot__pb_begin(&log->proto, 6), file = dot__pb_begin(&log->proto, 1);
+    dot__pb_text(&log->proto, 1, path + strlen("files/"));
+    dot__pb_integer(&log->proto, 3, 2);                     /* type: media; policy: now, 0 */
+    dot__pb_end(&log->proto, file);
+    dot__pb_end(&log->proto, files);
+    good = dot__record_end(log) && good;
+    dot__marks marks = dot__item_begin(b, tag);
+    dot__bytes_text(b, "{\"_type\":\"image-file\",\"format\":\"png\"");
+    dot__log_put_integer(b, "width", image->width);
+    dot__log_put_integer(b, "height", image->height);
+    dot__log_put_string(b, "path", path + strlen("files/"));
+    dot__log_put_string(b, "sha256", image->sha256);
+    dot__log_put_integer(b, "size", (int64_t)image->bytes);
+    dot__bytes_text(b, "}");
+    dot__item_end(b, marks);
+    return good && !b->lost;
+}
+
+bool dot_logger_image(dot_logger *log, int64_t step, const char *tag, const void *png, size_t bytes)
+{
+    static const char function[] = "dot_logger_image";
+    dot__image image;
+    char path[256];
+    if (!log) return false;
+    memset(&image, 0, sizeof image);
+    image.png = (const unsigned char *)png;
+    image.bytes = bytes;
+    if (!dot__image_read(log, function, &image) || !dot__log_step(log, function, "image", step, tag ? tag : "")) return false;
+    dot__image_name(&image, tag, step);
+    snprintf(path, sizeof path, "images/%s", image.name);
+    dot__log_path(log, path);
+    if (!dot__image_store(log, &image)) return false;
+    dot__log_put_string(&log->text, "path", path);
+    dot__log_put_integer(&log->text, "width", image.width);
+    dot__log_put_integer(&log->text, "height", image.height);
+    dot__log_put_integer(&log->text, "bytes", (int64_t)bytes);
+    dot__log_put_string(&log->text, "sha256", image.sha256);
+    if (!dot__log_end(log)) return false;
+    bool good = !log->tensorboard || dot__image_event(log, step, tag, &image);
+    return (!log->wandb || dot__image_row(log, step, tag, &image)) && good;
+}
+
+/* ---- flushing and closing ---- */
+
+static bool dot__log_flush(dot_logger *log)
+{
+    bool good = dot__event_parameters(log);
+    if (log->wandb) good = dot__row_write(log) && dot__summary_write(log) && good;
+    for (int i = 0; i < DOT__SINKS; ++i) {
+        dot__sink *sink = &log->sink[i];
+        if (sink->fd < 0) continue;
+        if (!dot__os_sync(sink->fd)) good = dot__log_fail(log, "flush", sink->path);
+        snprintf(log->path, log->path_room, "%s", sink->path);
+        good = dot__log_sync_folder(log) && good;
+    }
+    return good;
+}
+
+bool dot_logger_flush(dot_logger *log)
+{
+    if (!log) return false;
+    dot__log_begin(log, "dot_logger_flush", "");            /* for the time */
+    return dot__log_flush(log);
+}
+
+bool dot_logger_close(dot_logger *log, bool success)
+{
+    if (!log) return false;
+    dot__log_begin(log, "dot_logger_close", "end");
+    double seconds = log->time - log->origin;
+    dot__bytes_text(&log->text, success ? ",\"success\":true" : ",\"success\":false");
+    dot__log_put_number(&log->text, "seconds", seconds);
+    if (!dot_ok(log->ctx) && dot__utf8(dot_error(log->ctx))) dot__log_put_string(&log->text, "error", dot_error(log->ctx));
+    bool good = dot__log_end(log);
+    if (log->tensorboard) {
+        good = dot__event_parameters(log) && good;
+        if (log->parameters.size > 0) good = dot__event_session(log, "_hparams_/session_end_info", 4, success ? 1 : 2) && good;
+    }
+    if (log->wandb) {
+        good = dot__row_write(log) && dot__summary_write(log) && good;
+        dot__record_begin(log);
+        size_t end = dot__pb_begin(&log->proto, 18);
+        if (!success) dot__pb_integer(&log->proto, 1, 1);
+        dot__pb_integer(&log->proto, 2, seconds > 0 && seconds < INT32_MAX ? (int64_t)seconds : 0);
+        dot__pb_end(&log->proto, end);
+        good = dot__record_end(log) && good;
+    }
+    good = dot__log_flush(log) && good;
+    dot__log_delete(log);
+    return good;
+}
+
+/* What dot_context_destroy calls: W&B gets its open row, and no end. */
+static void dot__loggers_close(dot_context *ctx)
+{
+    while (ctx->loggers) {
+        dot_logger *log = ctx->loggers;
+        log->function = "dot_context_destroy";
+        if (log->sink[DOT__SINK_WANDB].fd >= 0) dot__row_write(log);
+        dot__log_delete(log);
+    }
 }
 
 #endif /* DOTOPT_IMPLEMENTATION */
