@@ -30,6 +30,10 @@
  * each source and without forming it. They are derivatives of the discrete equations, exact but for the solver's
  * tolerance.
  *
+ * Accuracy, against the exact solution on a sphere of 27 mm (mu_a 0.005, mu_s' 1, 10 to 40 mm between optodes; mean and
+ * standard deviation of the error, see tests/test_nirdot_physics.c): voxels of 1 mm: ln A -0.001 +- 0.018, phase +0.02
+ * degrees in the mean and at most 0.6; 2 mm: +0.024 +- 0.057, -0.3 and 2.1; 4 mm: +0.07 +- 0.12, -2.1 and 7.1.
+ *
  * Fields of 64^3 voxels and more gain some 7 % from large pages: GLIBC_TUNABLES=glibc.malloc.hugetlb=1 with glibc.
  *
  * The same bits come out for any grouping of the sources, and with or without AVX2 or AVX-512.
@@ -726,7 +730,7 @@ static inline double nir_depth(const nir_workspace *ws, const int corner[3], int
     const int voxel[3] = { corner[0] + (i & 1), corner[1] + (i >> 1 & 1), corner[2] + (i >> 2) };
     double point[3], surface[3], normal[3];
     nir_centre(ws->grid, voxel, point);
-    return -nir_closest(ws, point, surface, normal);
+    return fmax(0, -nir_closest(ws, point, surface, normal));
 }
 
 /* Weights of an optode at `depth` below the surface point, read (or fed) at the point `below` it. Next to the surface
@@ -1311,9 +1315,6 @@ static const double nir_quarters[8][4] = {
 #define NIR_SOLVER_SUFFIX f32_avx512
 #define NIR_SOLVER_REAL float
 #include "nirdot_physics.h"
-#define NIR_SOLVER_SUFFIX f64_avx512
-#define NIR_SOLVER_REAL double
-#include "nirdot_physics.h"
 #undef NIR_SOLVER_TARGET
 #undef NIR_SOLVER_BYTES
 #endif
@@ -1327,9 +1328,9 @@ static inline void nir_choose_solvers(nir_workspace *ws)
     ws->choice[ws->choices++] = plain[type];
 #if defined(__GNUC__) && defined(__x86_64__)
     static const nir_solver avx2[2] = { NIR_INSTANCE(f32_avx2), NIR_INSTANCE(f64_avx2) };
-    static const nir_solver avx512[2] = { NIR_INSTANCE(f32_avx512), NIR_INSTANCE(f64_avx512) };
+    static const nir_solver avx512 = NIR_INSTANCE(f32_avx512);
     if (__builtin_cpu_supports("avx2")) ws->choice[ws->choices++] = avx2[type];
-    if (__builtin_cpu_supports("avx512f")) ws->choice[ws->choices++] = avx512[type];
+    if (__builtin_cpu_supports("avx512f") && type == 0) ws->choice[ws->choices++] = avx512;
 #endif
     ws->solver = ws->choice[0];
 }
@@ -1803,7 +1804,8 @@ NIR_SOLVER_TARGET static bool NIR_(solve)(nir_workspace *ws)
     const nir_level *l = &ws->level[0];
     double norm[NIR_(lanes)] = { 0 }, last[NIR_(lanes)] = { 0 }, rho[2][NIR_(lanes)] = { { 0 } };
     bool done[NIR_(lanes)] = { false }, soon = false;
-    vec alpha[2] = { { 0 } }, beta[2];
+    vec alpha[2], beta[2];
+    memset(alpha, 0, sizeof alpha);
     if (ws->wants_solution) nir_clear(ws, ws->solution);
     for (ws->iterations = 0;; ++ws->iterations) {
         double square[2][NIR_(lanes)] = { { 0 } }, rz[2][NIR_(lanes)] = { { 0 } }, pq[2][NIR_(lanes)] = { { 0 } };
