@@ -72,7 +72,7 @@ $(B)/dotopt.o: dotopt.h | compiler
 	@mkdir -p $(B) && rm -f $@
 	printf '\043define DOTOPT_IMPLEMENTATION\n\043include "dotopt.h"\n' | $(COMPILE) -x c -c -
 
-$(B)/test_%: tests/test_%.c $(B)/dotopt.o $(wildcard tests/*.h examples/*.[ch]) | stb
+$(B)/test_%: tests/test_%.c $(B)/dotopt.o $(wildcard tests/*.h tests/fuzz.c examples/*.[ch]) | stb
 	@mkdir -p $(B) && rm -f $@
 	$(COMPILE) $< $(B)/dotopt.o -lcmocka -lm -pthread
 

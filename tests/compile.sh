@@ -171,6 +171,15 @@ header_checks() {
     rm -f "$out" "$out".*
 }
 
+# standard_checks NAME COMPILER OPTION...: a standard that only the language's rules tell from one that is built
+standard_checks() {
+    local name=$1 source
+    shift
+    for source in interface implementation implementation_twice; do
+        check "$name: $source" "$@" "${strict[@]}" -fsyntax-only "$work/$source.c"
+    done
+}
+
 # variant_checks NAME COMPILER OPTION...: what the configuration macros leave out
 variant_checks() {
     local name=$1 out command
@@ -201,14 +210,13 @@ all_headers() {
         group header_checks "$cc -std=c99 -O2" $cc -std=c99 -O2
         group variant_checks "$cc -std=c99 -O0" $cc -std=c99 -O0
         for standard in c11 c17; do
-            group header_checks "$cc -std=$standard -O0" $cc -std=$standard -O0
+            group standard_checks "$cc -std=$standard" $cc -std=$standard
         done
     done
     for cc in g++ clang++; do
         have $cc || continue
-        for standard in c++11 c++17; do
-            group header_checks "$cc -std=$standard -O0" $cc -x c++ -std=$standard -O0
-        done
+        group header_checks "$cc -std=c++11 -O0" $cc -x c++ -std=c++11 -O0
+        group standard_checks "$cc -std=c++17" $cc -x c++ -std=c++17
         group variant_checks "$cc -std=c++11 -O0" $cc -x c++ -std=c++11 -O0
     done
 }
@@ -374,7 +382,7 @@ all_sanitizers() {
             ;;
         *)
             cc=$(sanitizing_compiler $flag gcc clang)
-            tests=(test_bits test_memory test_errors test_ops test_files test_schedules test_solvers test_utilities)
+            tests=(test_bits test_memory test_errors test_ops test_files test_schedules test_solvers test_utilities test_logs test_fuzz)
             ;;
         esac
         if [[ $cc ]]; then
