@@ -7943,7 +7943,7 @@ dot_layer *dot_nn_multihead_attention(dot_context *ctx, int64_t size, int64_t he
     if (dot_ok(ctx) && (size < 1 || heads < 1 || heads > INT32_MAX || size % heads != 0))
         dot__fail(ctx, DOT_ERROR_ARGUMENT, "%s: size " DOT__I64 ", heads " DOT__I64 ", expected 1 or more, and a size that the heads divide", f,
                   DOT__LL(size), DOT__LL(heads));
-    dot_layer *l = dot__linear_new(ctx, f, "in_proj_weight", "in_proj_bias", size, 3 * size);
+    dot_layer *l = dot__linear_new(ctx, f, "in_proj_weight", "in_proj_bias", size, size > INT64_MAX / 3 ? size : 3 * size);    /* too large as it is */
     if (!l) return NULL;
     dot_layer *out = dot__linear_new(ctx, f, "weight", "bias", size, size);
     if (!out || !dot_layer_add_child(l, "out_proj", out)) return dot__layer_abandon(l);
@@ -8920,6 +8920,7 @@ static void dot__rule_prepare(dot__rule rule, dot__scalars *h, const dot__prepar
     { \
         DOT__SCALARS(DOT__LOAD_SCALAR) \
         V zero, one; \
+        T q[4][WIDTH]; \
         T *at0 = s[0], *at1 = s[1], *at2 = s[2], *at3 = s[3], *at4 = s[4];     /* what a store may alias is read again after it */ \
         memset(&zero, 0, sizeof zero); \
         one = zero + (T)1; \
@@ -8937,7 +8938,8 @@ static void dot__rule_prepare(dot__rule rule, dot__scalars *h, const dot__prepar
             if (sums) { \
                 measure \
                 q3 = IF_POSITIVE(d * g, one, zero); \
-                DOT__N(dot__rule_count)(q0, q1, q2, q3, counted - i, sums); \
+                memcpy(q[0], &q0, sizeof(V)); memcpy(q[1], &q1, sizeof(V)); memcpy(q[2], &q2, sizeof(V)); memcpy(q[3], &q3, sizeof(V)); \
+                DOT__N(dot__rule_count)(q, counted - i, sums); \
                 continue; \
             } \
             if (caution > 0) d = IF_POSITIVE(d * g, caution * d, zero); \
@@ -8953,14 +8955,13 @@ static void dot__rule_prepare(dot__rule rule, dot__scalars *h, const dot__prepar
         } \
     }
 
-/* The sums of a vector's measures, in double, element after element. */
+/* The sums of a vector's measures, in double, element after element. They come through memory: GCC's address sanitizer gives a vector
+   that is an argument a place that is not aligned. */
 #define DOT__COUNT_FUNCTION \
-    RULE_TARGET DOT__NOINLINE static void DOT__N(dot__rule_count)(V q0, V q1, V q2, V q3, int64_t left, double *sums) \
+    RULE_TARGET DOT__NOINLINE static void DOT__N(dot__rule_count)(T q[4][WIDTH], int64_t left, double *sums) \
     { \
-        T q[4][sizeof(V) / sizeof(T)]; \
-        memcpy(q[0], &q0, sizeof(V)); memcpy(q[1], &q1, sizeof(V)); memcpy(q[2], &q2, sizeof(V)); memcpy(q[3], &q3, sizeof(V)); \
         for (int k = 0; k < 4; ++k) \
-            for (int64_t j = 0; j < (int64_t)(sizeof(V) / sizeof(T)) && j < left; ++j) sums[k] += (double)q[k][j]; \
+            for (int64_t j = 0; j < WIDTH && j < left; ++j) sums[k] += (double)q[k][j]; \
     }
 
 #define DOT__S f64
