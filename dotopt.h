@@ -3446,6 +3446,7 @@ typedef struct dot__kernels {       /* one row for each instruction set and elem
     const struct dot__kernels *slim;/* instead of this one, where its tiles would be half empty */
     int rows, columns;              /* of a tile */
     int outer_rows;                 /* of a tile of the weight's gradient, which has as many columns */
+    int dot_start;                  /* what a call of `dot` costs, in k's of a row of a tile; then six of its k's cost one */
     void (*tile)(const dot__tile *);
     void (*outer)(const dot__outer_tile *);
     double (*dot)(const void *a, const void *b, int64_t n);
@@ -3768,8 +3769,11 @@ DOT__OUTER_AVX512(dot__outer_avx512_slim, 1, DOT__SLIM_START, DOT__SLIM_OUTER, D
 /* name, slim, rows, columns, outer_rows, and the functions: S, V are the suffixes of those that are not its own. An instruction set needs
    tile, outer, a row here and a branch in dot__kernel. */
 #define DOT__KERNEL_ROW(name, slim, rows, columns, outer_rows, tile, outer, S, V) \
-    { name, slim, rows, columns, outer_rows, tile, outer, dot__dot_##S, dot__sum_rows_##S, dot__top_##V, dot__exp_row_##V, dot__score_row_##V, dot__norm_sums_##V, \
+    { name, slim, rows, columns, outer_rows, DOT__DOT_START_##S, tile, outer, dot__dot_##S, dot__sum_rows_##S, dot__top_##V, dot__exp_row_##V, dot__score_row_##V, dot__norm_sums_##V, \
       dot__norm_affine_##V, dot__norm_pairs_##V, dot__norm_back_##V, dot__maps_##V }
+#define DOT__DOT_START_f32 0
+#define DOT__DOT_START_f64 0
+#define DOT__DOT_START_avx2 34
 #define DOT__PORTABLE_ROW(S) DOT__KERNEL_ROW("portable", NULL, DOT__PORTABLE_ROWS, DOT__PORTABLE_COLUMNS, DOT__PORTABLE_ROWS, dot__tile_##S, \
                                              dot__outer_##S, S, S)
 static const dot__kernels dot__kernels_portable[2] = { DOT__PORTABLE_ROW(f32), DOT__PORTABLE_ROW(f64) };
@@ -4321,7 +4325,7 @@ static void dot__gemm_planning(dot_context *ctx, dot__gemm_plan *plan, dot__gemm
     plan->taps = dot__tap_count(&job->rows);
     plan->depth = job->depth;
     plan->patches = plan->taps > 1 && plan->depth < 8 && plan->taps * plan->depth <= DOT__DEPTH;
-    plan->narrow = job->columns <= DOT__NARROW && plan->depth >= 8;
+    plan->narrow = job->columns <= DOT__NARROW && plan->depth >= 8 && job->columns * (plan->kernel->dot_start + plan->depth / 6) < plan->depth;
     if (plan->patches) { plan->depth *= plan->taps; plan->taps = 1; }
     /* Blocks of about DOT__DEPTH k's: whole taps together, or one tap in parts; always at least one, for the bias. */
     plan->taps_a_group = (int)dot__max(1, dot__min(DOT__TAPS, DOT__DEPTH / dot__max(1, plan->depth)));
