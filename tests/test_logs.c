@@ -522,7 +522,7 @@ static void test_defaults(void **state)
         assert_int_equal(strspn(ids[i], "0123456789abcdefghijklmnopqrstuvwxyz"), 8);
         assert_true(dot_logger_close(log, true));
         lines l = read_lines(folder);
-        assert_true(number(&l, 0, "time") >= before - 1 && number(&l, 0, "time") <= (double)time(NULL) + 1);
+        assert_true(fabs(number(&l, 0, "time") - before) < 60);         /* a clock may be set while the test runs */
         assert_string_equal(member(&l, 0, "name")->text, strrchr(folder, '/') + 1);
         assert_string_equal(member(&l, 0, "id")->text, ids[i]);
         release_lines(&l);
