@@ -4463,19 +4463,17 @@ static void dot__gemm_piece(void *argument, int lane, int64_t piece)
     dot__row_block block;
     double patches[DOT__MAX_ROWS * 4 * DOT__DEPTH + DOT__PATCH_STEP];
     int64_t step = plan->patches ? height * 4 : DOT__ROW_BLOCK;
-    dot__position at = dot__position_of(&job->rows, first);
     for (int64_t r = first; r < last; r += step) {
         int64_t rows = dot__min(step, last - r);
-        dot__position start = at;
-        dot__gemm_targets(&job->rows, start, rows, c, element, block.c);
+        dot__position at = dot__position_of(&job->rows, r);
+        dot__gemm_targets(&job->rows, at, rows, c, element, block.c);
         if (plan->narrow) {
             for (int64_t i = 0; i < rows; ++i, dot__advance(&job->rows, &at, 1))
                 DOT__CALL(job->dtype, dot__narrow_row, (plan, &at, a, b, bias, block.c[i]));
             continue;
         }
-        for (int64_t i = 0, n; i < rows; i += n, dot__advance(&job->rows, &at, n)) n = dot__run(&job->rows, &at, rows - i);
         if (plan->patches) {
-            DOT__CALL(job->dtype, dot__patches, (&job->rows, start, rows, job->depth, a, patches));
+            DOT__CALL(job->dtype, dot__patches, (&job->rows, at, rows, job->depth, a, patches));
             for (int64_t i = 0; i < dot__round_up(rows, height); ++i)
                 block.a[i] = (char *)patches + (size_t)((i < rows ? i : i - i % height) * plan->depth) * element;
         }
@@ -4484,7 +4482,7 @@ static void dot__gemm_piece(void *argument, int lane, int64_t piece)
             for (int part = 0; part < plan->depth_parts; ++part) {
                 int64_t k = part * plan->depth_part, depth = dot__min(plan->depth_part, plan->depth - k);
                 bool initial = group == 0 && part == 0, final = group == plan->groups_of_taps - 1 && part == plan->depth_parts - 1;
-                if (!plan->patches) dot__gemm_pointers(plan, &block, a, start, rows, tap, taps, k);
+                if (!plan->patches) dot__gemm_pointers(plan, &block, a, at, rows, tap, taps, k);
                 dot__gemm_block(plan, &block, rows, taps, depth, b + (size_t)((tap * plan->depth + k) * width) * element,
                                 (size_t)panel_elements * element, panels, first_panel, initial ? bias : NULL,
                                 job->accumulate || !initial, relu && final);

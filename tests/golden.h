@@ -3,6 +3,8 @@
 #ifndef GOLDEN_H
 #define GOLDEN_H
 
+#include "uniform.h"
+
 #define COUNT(array) ((int)(sizeof(array) / sizeof(array)[0]))
 #define FIELD_SIZE 128
 #ifdef __GNUC__
@@ -128,22 +130,6 @@ MAYBE_UNUSED static double largest_relative(const double *a, const double *b, in
 }
 
 /* ---- the formula, as in make_training.py ---------------------------------------------------------------------------- */
-
-static uint32_t hash32(uint32_t stream, uint32_t index)
-{
-    uint32_t x = index * 0x9e3779b1u + stream * 0x85ebca77u + 0x165667b1u;
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= x >> 15;
-    x *= 0x846ca68bu;
-    return x ^ x >> 16;
-}
-
-/* [0, 1) in steps of 2^-24. */
-static double uniform(uint32_t stream, uint32_t index)
-{
-    return (double)(hash32(stream, index) >> 8) / 16777216.0;
-}
 
 static void fill_uniform(double *values, int64_t count, uint32_t stream)
 {

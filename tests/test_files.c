@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "dotopt.h"
+#include "counting.h"
 
 #define COUNT(array) ((int)(sizeof (array) / sizeof *(array)))
 
@@ -754,24 +755,6 @@ static void test_write_failures(void **state)
 }
 
 /* Every allocation fails once; each failure is reported and undone. */
-typedef struct counting { int64_t left, held; } counting;
-
-static void *counting_allocate(void *user, size_t bytes)
-{
-    counting *c = (counting *)user;
-    if (c->left == 0) return NULL;
-    --c->left;
-    ++c->held;
-    return malloc(bytes);
-}
-
-static void counting_release(void *user, void *memory, size_t bytes)
-{
-    (void)bytes;
-    --((counting *)user)->held;
-    free(memory);
-}
-
 static void test_memory_failures(void **state)
 {
     (void)state;

@@ -23,6 +23,7 @@
 #include <unistd.h>
 
 #include "dotopt.h"
+#include "counting.h"
 #include "examples/json.h"
 
 #define COUNT(array) ((int)(sizeof (array) / sizeof *(array)))
@@ -1475,24 +1476,6 @@ static void test_no_allocations(void **state)
     }
     assert_int_equal(dot_memory(ctx).allocations, after_first);
     assert_true(dot_logger_close(log, true));
-}
-
-typedef struct counting { int64_t left, held; } counting;
-
-static void *counting_allocate(void *user, size_t bytes)
-{
-    counting *c = (counting *)user;
-    if (c->left == 0) return NULL;
-    --c->left;
-    ++c->held;
-    return malloc(bytes);
-}
-
-static void counting_release(void *user, void *memory, size_t bytes)
-{
-    (void)bytes;
-    --((counting *)user)->held;
-    free(memory);
 }
 
 /* Every allocation fails, it and all after it: it is reported, nothing leaks, and every file stays whole. */

@@ -15,6 +15,7 @@
 
 #include "examples/nirdot_net.h"
 #include "nets.h"
+#include "uniform.h"
 
 #define GOLDEN "tests/golden/nirdot_net.safetensors"
 #define GOLDEN_STATE "tests/golden/nirdot_net_state.safetensors"
@@ -48,17 +49,6 @@ static double *take(int64_t count)
     double *values = (double *)calloc((size_t)count + 1, sizeof *values);
     assert_non_null(values);
     return values;
-}
-
-/* The formula of the script. */
-static double uniform(uint32_t stream, uint32_t index)
-{
-    uint32_t x = index * 0x9e3779b1u + stream * 0x85ebca77u + 0x165667b1u;
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= x >> 15;
-    x *= 0x846ca68bu;
-    return (double)((x ^ x >> 16) >> 8) / 16777216.0;
 }
 
 static uint32_t stream_of(const char *name)
